@@ -1,0 +1,394 @@
+"""One frozen transformer block of a text-only language model, as a layer of a visual encoder.
+
+    block = LLMBlock("HuggingFaceTB/SmolLM2-135M", dim=384)     # a hub name or a local directory
+    y = block(x)                        # x (B, N, dim) -> y (B, N, dim)
+    y = block(x, mask)                  # mask (B, N) bool, True = real token, False = padding
+
+    python llmblock.py --llm NAME|DIR [--layers -1]             # describe the block
+
+The method of "Frozen Transformers in Language Models Are Effective Visual Encoder Layers" (ICLR
+2024, https://arxiv.org/abs/2310.12973): proj_in -> a decoder layer of the LLM, as transformers
+implements it -> RMSNorm -> proj_out. No causal mask, no positions, and the layer never trains.
+
+Letters: B batch, N tokens, D width of the LLM, dim width of the host encoder.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from huggingface_hub import errors, hf_hub_download, hf_hub_url, utils
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel
+
+FROZEN = ("random", "shuffled", "pretrained")
+KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
+
+
+class UserError(Exception):
+    """A mistake that only the user can mend. One line: what was found and what to do."""
+
+
+class LLMBlock(nn.Module):
+    """Decoder layer(s) of an LLM between two trained linear layers: (B, N, dim) -> (B, N, dim).
+
+    llm: local directory or Hugging Face name; layers: index or indices, negative from the end;
+    kind: one of KINDS; seed: of the projections and of random or shuffled weights; dtype: of the
+    LLM's weights; causal, rotary: give the LLM its own mask and positions back (controls).
+    Raises UserError for a wrong argument or a damaged file.
+    """
+
+    def __init__(
+        self, llm, dim, layers=-1, kind="pretrained", seed=0, dtype=None, causal=False, rotary=False
+    ):
+        super().__init__()
+        if kind not in KINDS:
+            raise UserError(f"unknown kind of block '{kind}': choose from {', '.join(KINDS)}")
+        self.kind, self.causal, self.rotary = kind, False, False
+        self.layers, self.bytes_read = nn.ModuleList(), 0
+        self.record = {"kind": kind}  # goes into checkpoints, see set_extra_state
+        if kind == "none":
+            return
+        config, root, repo = find_llm(llm)
+        n = config.num_hidden_layers
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        if wrong := [i for i in layers if not -n <= i < n]:
+            raise UserError(f"layer {wrong[0]}: {llm} has {n} layers, 0 to {n - 1} or -{n} to -1")
+        layers = [i % n for i in layers]
+        with torch.random.fork_rng(devices=[]):  # leaves the host's random numbers as they were
+            torch.manual_seed(seed)  # and every kind starts from the same projections
+            self.proj_in = nn.Linear(dim, config.hidden_size, bias=False)
+            self.proj_out = nn.Linear(config.hidden_size, dim, bias=False)
+            if kind == "mlp":
+                self.norm = nn.LayerNorm(config.hidden_size)
+            elif kind != "linear":
+                self._add_layers(config, root, repo, layers, dtype or torch.float32)
+        self.causal, self.rotary = causal, rotary
+        self.record |= {"llm": str(llm), "layers": layers, "causal": causal, "rotary": rotary}
+        if kind in FROZEN:
+            freeze(self.layers)
+            self.record["hash"] = hash_tensors(self.layers)
+
+    def _add_layers(self, config, root, repo, indices, dtype):
+        """Lay the whole LLM out without memory (meta device), then fill the wanted layers alone."""
+        with torch.device("meta"):
+            llm = AutoModel.from_config(config, dtype=torch.float32)
+        stacks = [(k, m) for k, m in llm.named_modules() if isinstance(m, nn.ModuleList)]
+        path, stack = next((k, m) for k, m in stacks if len(m) == config.num_hidden_layers)
+        self.rope_args = [()] * len(indices)
+        if hasattr(llm, "rotary_emb"):
+            self.rotary_emb = type(llm.rotary_emb)(llm.config)  # once more, off the meta device
+            if "layer_type" in inspect.signature(self.rotary_emb.forward).parameters:  # Gemma 3
+                self.rope_args = [(config.layer_types[i],) for i in indices]
+        for i in indices:
+            layer = stack[i]
+            if next(layer.buffers(), None) is not None:  # GPT-J's positions, GPT-Neo's causal mask
+                raise UserError(f"{config.model_type}: a layer has positions or a mask built in")
+            for m in layer.modules():
+                if hasattr(m, "is_causal"):
+                    m.is_causal = False
+            if self.kind in ("random", "trained"):
+                layer.to_empty(device="cpu").apply(llm._init_weights)
+            else:
+                names = [name for name, _ in layer.named_parameters()]
+                try:
+                    tensors = read_layer(root, repo, f"{path}.{i}", names)
+                    layer.load_state_dict(tensors, assign=True)
+                except RuntimeError as e:
+                    raise UserError(f"{root}: the weights do not fit config.json: {e}") from e
+                del tensors  # .to() below then frees each tensor that it converts
+                self.bytes_read += sum(p.nbytes for p in layer.parameters())
+            if self.kind == "shuffled":  # every tensor keeps its values and loses their order
+                for p in layer.parameters():
+                    p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
+            self.layers.append(layer.requires_grad_().to(dtype).eval())
+        self._check_equivariance(config)
+
+    @torch.no_grad()
+    def _check_equivariance(self, config):
+        """No mask and no positions means: permuting the tokens permutes the outputs."""
+        x, order = (
+            torch.randn(1, 5, config.hidden_size) / 100,
+            [3, 0, 4, 1, 2],
+        )  # small: the layer's
+        # own output, not the residual, decides the comparison
+        try:
+            y, z = self._run_layers(x, None), self._run_layers(x[:, order], None)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as e:  # ALiBi, buffers, ...
+            raise UserError(
+                f"{config.model_type}: a layer does not run by itself ({line(e)})"
+            ) from e
+        if not torch.allclose(y[:, order], z, rtol=0.05, atol=0.05 * y.abs().max().item()):
+            raise UserError(f"{config.model_type}: a layer depends on the order of its tokens")
+
+    def forward(self, x, mask=None):
+        if self.kind == "none":
+            return x  # (B, N, dim)
+        h = self.proj_in(x)  # (B, N, D)
+        if self.kind == "mlp":
+            h = self.norm(F.gelu(h))
+        elif self.kind != "linear":
+            h = self._run_layers(h, mask)
+            # NOTE(paper): the released code has this norm (gain fixed at 1), the text does not.
+            h = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
+        return self.proj_out(h)  # (B, N, dim)
+
+    def _run_layers(self, h, mask):
+        frozen = next(self.layers.buffers(), None)
+        h = h.to(next(self.layers.parameters()).dtype if frozen is None else frozen.dtype)
+        seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, N)
+        if self.causal:
+            triangle = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+            seen = triangle[None, None] if seen is None else seen & triangle  # (B, 1, N, N)
+        if seen is not None:  # added to the logits: eager attention would add True as 1
+            seen = torch.zeros_like(seen, dtype=h.dtype).masked_fill(
+                ~seen, torch.finfo(h.dtype).min
+            )
+        # Rotary off: every token is at position 0, where the rotation is the identity.
+        positions = torch.arange(h.shape[1], device=h.device)[None] * int(self.rotary)  # (1, N)
+        for layer, rope_args in zip(self.layers, self.rope_args, strict=True):
+            rope = {}
+            if hasattr(self, "rotary_emb"):
+                rope["position_embeddings"] = self.rotary_emb(h, positions, *rope_args)
+            h = first(layer(h, attention_mask=seen, **rope))
+        return h  # (B, N, D)
+
+    def stages(self, x, mask=None):
+        """What forward computes on its way: host (B, N, dim), proj_in, attention, ffn (B, N, D),
+        proj_out (B, N, dim). attention and ffn are the residual stream of the last layer behind
+        its attention and behind its FFN; a kind without layers has no such stages.
+        """
+        seen, taps = {"host": x}, []
+        if self.kind != "none":
+            taps = [(self.proj_in, lambda m, args, y: seen.update(proj_in=y))]
+        for layer in self.layers:
+            attention = next(m for m in layer.modules() if hasattr(m, "is_causal"))
+            taps += [
+                (attention, lambda m, args, y: seen.update(attention=first(y))),
+                (layer, lambda m, args, y: seen.update(attention=args[0] + seen["attention"])),
+                (layer, lambda m, args, y: seen.update(ffn=first(y))),
+            ]
+        hooks = [module.register_forward_hook(tap) for module, tap in taps]
+        seen["proj_out"] = self(x, mask)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.layers.eval()  # the LLM's dropout stays off, also when it is fine-tuned
+        return self
+
+    def get_extra_state(self):
+        return self.record
+
+    def set_extra_state(self, saved):
+        for key, mine in self.record.items():
+            if key != "llm" and saved.get(key) != mine:  # a directory may have moved
+                theirs = f"{saved.get(key)} (LLM {saved.get('llm')})"
+                raise UserError(f"checkpoint of another block: {key} is {theirs}, not {mine}")
+
+
+def first(output):
+    """Layers return a tensor, or a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def freeze(module):
+    """Turn parameters into non-persistent buffers: they move with the model, but no optimiser,
+    weight decay, gradient synchronisation or checkpoint ever meets them."""
+    for m in module.modules():
+        for name, p in list(m.named_parameters(recurse=False)):
+            delattr(m, name)
+            m.register_buffer(name, p.detach(), persistent=False)
+
+
+def hash_tensors(module):
+    """Hash of all buffers, rounded to bf16 so that an fp32 and a bf16 copy of a layer agree."""
+    digest = hashlib.sha256()
+    for name, t in sorted(module.named_buffers()):
+        digest.update(name.encode() + t.bfloat16().contiguous().view(torch.int16).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def count_gflops(module, *inputs):
+    """GFLOPs (two per multiply-add) of the matrix multiplications in one forward pass."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+# ---------------------------------------------------------------- reading one layer, no more
+
+
+def find_llm(llm):
+    """(config of the text model, directory that holds it, hub name or None if local)."""
+    root = next((p for p in (Path(llm), Path(__file__).parent / llm) if p.is_dir()), None)
+    repo = None if root else str(llm)
+    try:
+        if repo:  # the cache keeps each commit in a folder named by its hash
+            root = Path(hf_hub_download(repo, "config.json")).parent
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except (errors.HTTPError, errors.HFValidationError, OSError, ValueError, KeyError) as e:
+        raise UserError(f"{llm} is no directory or hub model with a known config: {line(e)}") from e
+    if config.is_encoder_decoder:
+        raise UserError(f"{llm}: {config.model_type} is not a decoder-only language model")
+    return config.get_text_config(), root, repo
+
+
+def read_layer(root, repo, prefix, names):
+    """{parameter: tensor} of the layer `prefix`, say layers.31."""
+    try:
+        files = {file.name: file for file in root.iterdir()}
+        if repo:
+            files = {"model.safetensors": fetch_layer(root, repo, prefix, names)}
+        places = locate(files.get, prefix, names)
+        return {name: read_file(*place) for name, place in places.items()}
+    except (errors.HTTPError, OSError, SafetensorError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{repo or root}: weights cannot be read: {line(e)}") from e
+
+
+def locate(get, prefix, names):
+    """{parameter: (shard's path, key in it)}, by get(file name) -> path, or None if missing."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if index := get(f"{single}.index.json"):
+            shard = json.loads(index.read_text())["weight_map"]
+            return {n: (get(shard[k]), k) for n, k in match(shard, prefix, names).items()}
+        if file := get(single):
+            return {n: (file, k) for n, k in match(read_file(file), prefix, names).items()}
+    raise UserError("no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def match(keys, prefix, names):
+    """{parameter: key}: checkpoints put layers.31 under model., language_model.model., or nothing."""
+    keys, tail = set(keys), f"{prefix}.{names[0]}"
+    outer = {k.removesuffix(tail) for k in keys if k == tail or k.endswith(f".{tail}")}
+    outer = [o for o in outer if all(f"{o}{prefix}.{n}" in keys for n in names)]
+    if len(outer) != 1:
+        wanted = f"{prefix} with {', '.join(names)}"
+        raise UserError(f"the checkpoint has {len(outer)} layers, not one, that are {wanted}")
+    return {n: f"{outer[0]}{prefix}.{n}" for n in names}
+
+
+def read_file(file, key=None):
+    """One tensor (or all names), the file being mapped only meanwhile: memory holds no more."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as f:
+            return f.get_tensor(key) if key else list(f.keys())
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return state[key].clone() if key else list(state)
+
+
+def download(repo, name, commit):
+    """Path of a whole file of a hub repository, None if the repository lacks it."""
+    try:
+        return Path(hf_hub_download(repo, name, revision=commit))
+    except errors.RemoteEntryNotFoundError:
+        return None
+
+
+def fetch_layer(root, repo, prefix, names):
+    """Path of a small safetensors file in the hub's cache with one layer of a hub model."""
+    path = root / f"llmblock.{prefix}.safetensors"
+    with FileLock(f"{path}.lock"):  # torchrun starts several processes at once
+        if not path.exists():
+            part = path.with_suffix(".part")
+            if not fetch_ranges(repo, root.name, prefix, names, part):
+                print(f"{repo}: no byte ranges of safetensors, fetching the whole shard")
+                places = locate(lambda name: download(repo, name, root.name), prefix, names)
+                save_file({key: read_file(file, key) for file, key in places.values()}, part)
+            os.replace(part, path)
+    return path
+
+
+def fetch_ranges(repo, commit, prefix, names, part):
+    """Fetch only the bytes of a layer into a safetensors file `part`, resuming what is there.
+
+    False if the server ignores ranges or has no safetensors. The format is: 8 bytes with the
+    length of the header, the header {name: {dtype, shape, data_offsets}} in JSON, the data.
+    """
+    index = download(repo, "model.safetensors.index.json", commit)
+    shards = json.loads(index.read_text())["weight_map"] if index else None
+    ours = match(shards, prefix, names).values() if shards else None
+    header, ranges, size = {}, [], 0
+    for shard in sorted({shards[key] for key in ours}) if shards else ["model.safetensors"]:
+        url = hf_hub_url(repo, shard, revision=commit)
+        with utils.http_stream_backoff("GET", url, headers=byte_range(0, 8), timeout=30) as r:
+            if r.status_code in (200, 404):  # known before a byte of a 13 GB body has come
+                return False
+            utils.hf_raise_for_status(r)
+            data = 8 + int.from_bytes(r.read(), "little")
+        theirs = json.loads(b"".join(read_range(url, 8, data)))
+        for key in ours or match(theirs, prefix, names).values():
+            if key in theirs:
+                start, stop = theirs[key]["data_offsets"]
+                ranges.append((url, data + start, data + stop))
+                header[key] = {**theirs[key], "data_offsets": [size, size + stop - start]}
+                size += stop - start
+    head = json.dumps(header).encode()
+    head = len(head).to_bytes(8, "little") + head
+    with open(part, "ab") as f:
+        if f.tell() < len(head):
+            f.truncate(0)
+            f.write(head)
+        have = f.tell() - len(head)
+        for url, start, stop in ranges:
+            skip = min(have, stop - start)
+            have -= skip
+            for piece in read_range(url, start + skip, stop):
+                f.write(piece)
+        if f.tell() != len(head) + size:
+            f.truncate(0)
+            raise OSError(f"{part} has a wrong length, start again")
+    return True
+
+
+def byte_range(start, stop):
+    span = f"bytes={start}-{stop - 1}"
+    return {**utils.build_hf_headers(), "Range": span, "Accept-Encoding": "identity"}
+
+
+def read_range(url, start, stop, step=1 << 25):
+    """Bytes [start, stop) in pieces; http_backoff asks again for a piece that broke off."""
+    for a in range(start, stop, step):
+        r = utils.http_backoff("GET", url, headers=byte_range(a, min(a + step, stop)), timeout=30)
+        utils.hf_raise_for_status(r)
+        yield r.content
+
+
+def line(error):
+    return " ".join(str(error).split())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Describe the block made of an LLM's layer(s).")
+    parser.add_argument("--llm", required=True, help="hub name or local directory")
+    parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="-1 is the last")
+    args = parser.parse_args(argv)
+    config, root, _ = find_llm(args.llm)
+    block = LLMBlock(args.llm, 384, args.layers)
+    print(f"{config.model_type} from {root}: layers {block.record['layers']}")
+    print(f"of {config.num_hidden_layers}, width {config.hidden_size}, ", end="")
+    print(f"{config.num_attention_heads} heads, {sum(b.numel() for b in block.layers.buffers()):,}")
+    print(f"frozen parameters, {block.bytes_read:,} bytes read, hash {block.record['hash']},")
+    print(f"{count_gflops(block, torch.zeros(1, 197, 384)):.2f} GFLOPs per 197 tokens (host: 384)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
