@@ -119,17 +119,12 @@ class LLMBlock(nn.Module):
     @torch.no_grad()
     def _check_equivariance(self, config):
         """No mask and no positions means: permuting the tokens permutes the outputs."""
-        x, order = (
-            torch.randn(1, 5, config.hidden_size) / 100,
-            [3, 0, 4, 1, 2],
-        )  # small: the layer's
-        # own output, not the residual, decides the comparison
+        # Small, so that the layer's own output and not the residual decides the comparison.
+        x, order = torch.randn(1, 5, config.hidden_size) / 100, [3, 0, 4, 1, 2]
         try:
             y, z = self._run_layers(x, None), self._run_layers(x[:, order], None)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as e:  # ALiBi, buffers, ...
-            raise UserError(
-                f"{config.model_type}: a layer does not run by itself ({line(e)})"
-            ) from e
+        except (TypeError, ValueError, RuntimeError, AttributeError) as e:  # ALiBi, recurrence, ...
+            raise UserError(f"{config.model_type}: a layer does not run alone: {line(e)}") from e
         if not torch.allclose(y[:, order], z, rtol=0.05, atol=0.05 * y.abs().max().item()):
             raise UserError(f"{config.model_type}: a layer depends on the order of its tokens")
 
@@ -153,9 +148,8 @@ class LLMBlock(nn.Module):
             triangle = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
             seen = triangle[None, None] if seen is None else seen & triangle  # (B, 1, N, N)
         if seen is not None:  # added to the logits: eager attention would add True as 1
-            seen = torch.zeros_like(seen, dtype=h.dtype).masked_fill(
-                ~seen, torch.finfo(h.dtype).min
-            )
+            hidden = torch.finfo(h.dtype).min
+            seen = torch.zeros_like(seen, dtype=h.dtype).masked_fill(~seen, hidden)
         # Rotary off: every token is at position 0, where the rotation is the identity.
         positions = torch.arange(h.shape[1], device=h.device)[None] * int(self.rotary)  # (1, N)
         for layer, rope_args in zip(self.layers, self.rope_args, strict=True):
@@ -272,13 +266,12 @@ def locate(get, prefix, names):
 
 
 def match(keys, prefix, names):
-    """{parameter: key}: checkpoints put layers.31 under model., language_model.model., or nothing."""
+    """{parameter: key}, layers.31 stands under model., language_model.model. or nothing."""
     keys, tail = set(keys), f"{prefix}.{names[0]}"
     outer = {k.removesuffix(tail) for k in keys if k == tail or k.endswith(f".{tail}")}
     outer = [o for o in outer if all(f"{o}{prefix}.{n}" in keys for n in names)]
     if len(outer) != 1:
-        wanted = f"{prefix} with {', '.join(names)}"
-        raise UserError(f"the checkpoint has {len(outer)} layers, not one, that are {wanted}")
+        raise UserError(f"{len(outer)} layers in the checkpoint match {prefix}.({'|'.join(names)})")
     return {n: f"{outer[0]}{prefix}.{n}" for n in names}
 
 
@@ -379,11 +372,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, root, _ = find_llm(args.llm)
     block = LLMBlock(args.llm, 384, args.layers)
-    print(f"{config.model_type} from {root}: layers {block.record['layers']}")
-    print(f"of {config.num_hidden_layers}, width {config.hidden_size}, ", end="")
-    print(f"{config.num_attention_heads} heads, {sum(b.numel() for b in block.layers.buffers()):,}")
-    print(f"frozen parameters, {block.bytes_read:,} bytes read, hash {block.record['hash']},")
-    print(f"{count_gflops(block, torch.zeros(1, 197, 384)):.2f} GFLOPs per 197 tokens (host: 384)")
+    print(f"family      {config.model_type}, from {root}")
+    print(f"layers      {block.record['layers']} of {config.num_hidden_layers}")
+    print(f"width       {config.hidden_size}, {config.num_attention_heads} heads")
+    print(f"parameters  {sum(b.numel() for b in block.layers.buffers()):,} frozen")
+    print(f"bytes read  {block.bytes_read:,}, hash {block.record['hash']}")
+    print(f"compute     {count_gflops(block, torch.zeros(1, 197, 384)):.2f} GFLOPs per 197 tokens")
 
 
 if __name__ == "__main__":
