@@ -64,6 +64,8 @@ class LLMBlock(nn.Module):
         config, root, repo = find_llm(llm)
         n = config.num_hidden_layers
         layers = [layers] if isinstance(layers, int) else list(layers)
+        if not layers:
+            raise UserError("no layers of the LLM are given")
         if wrong := [i for i in layers if not -n <= i < n]:
             raise UserError(f"layer {wrong[0]}: {llm} has {n} layers, 0 to {n - 1} or -{n} to -1")
         layers = [i % n for i in layers]
@@ -107,7 +109,7 @@ class LLMBlock(nn.Module):
                     tensors = read_layer(root, repo, f"{path}.{i}", names)
                     layer.load_state_dict(tensors, assign=True)
                 except RuntimeError as e:
-                    raise UserError(f"{root}: the weights do not fit config.json: {e}") from e
+                    raise UserError(f"{root}: weights do not fit config.json: {line(e)}") from e
                 del tensors  # .to() below then frees each tensor that it converts
                 self.bytes_read += sum(p.nbytes for p in layer.parameters())
             if self.kind == "shuffled":  # every tensor keeps its values and loses their order
@@ -141,8 +143,7 @@ class LLMBlock(nn.Module):
         return self.proj_out(h)  # (B, N, dim)
 
     def _run_layers(self, h, mask):
-        frozen = next(self.layers.buffers(), None)
-        h = h.to(next(self.layers.parameters()).dtype if frozen is None else frozen.dtype)
+        h = h.to(tensors(self.layers)[0].dtype)
         seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, N)
         if self.causal:
             triangle = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
@@ -164,21 +165,23 @@ class LLMBlock(nn.Module):
         proj_out (B, N, dim). attention and ffn are the residual stream of the last layer behind
         its attention and behind its FFN; a kind without layers has no such stages.
         """
-        seen, taps = {"host": x}, []
+        seen, calls, hooks = {"host": x}, [], []
         if self.kind != "none":
-            taps = [(self.proj_in, lambda m, args, y: seen.update(proj_in=y))]
-        for layer in self.layers:
-            attention = next(m for m in layer.modules() if hasattr(m, "is_causal"))
-            taps += [
-                (attention, lambda m, args, y: seen.update(attention=first(y))),
-                (layer, lambda m, args, y: seen.update(attention=args[0] + seen["attention"])),
-                (layer, lambda m, args, y: seen.update(ffn=first(y))),
-            ]
-        hooks = [module.register_forward_hook(tap) for module, tap in taps]
-        seen["proj_out"] = self(x, mask)
+            tap = self.proj_in.register_forward_hook(lambda m, args, y: seen.update(proj_in=y))
+            hooks.append(tap)
+        for layer in self.layers[-1:]:
+            tap = layer.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+            hooks.append(tap)
+        y = self(x, mask)
         for hook in hooks:
             hook.remove()
-        return seen
+        for layer, args, kwargs, ffn in calls:  # once more with a silent FFN, its last matrices
+            matrices = [m for m in layer.children() if any(t.ndim > 1 for t in tensors(m))]
+            hook = matrices[-1].register_forward_hook(lambda m, args, y: first(y) * 0)
+            seen["attention"] = first(layer(*args, **kwargs))
+            seen["ffn"] = first(ffn)
+            hook.remove()
+        return seen | {"proj_out": y}
 
     def train(self, mode=True):
         super().train(mode)
@@ -193,6 +196,10 @@ class LLMBlock(nn.Module):
             if key != "llm" and saved.get(key) != mine:  # a directory may have moved
                 theirs = f"{saved.get(key)} (LLM {saved.get('llm')})"
                 raise UserError(f"checkpoint of another block: {key} is {theirs}, not {mine}")
+
+
+def tensors(module):
+    return (*module.parameters(), *module.buffers())
 
 
 def first(output):
@@ -242,6 +249,10 @@ def find_llm(llm):
     return config.get_text_config(), root, repo
 
 
+DAMAGE = (errors.HTTPError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
+DAMAGE += (ValueError, KeyError, RuntimeError)  # from broken JSON, and torch.load
+
+
 def read_layer(root, repo, prefix, names):
     """{parameter: tensor} of the layer `prefix`, say layers.31."""
     try:
@@ -250,7 +261,7 @@ def read_layer(root, repo, prefix, names):
             files = {"model.safetensors": fetch_layer(root, repo, prefix, names)}
         places = locate(files.get, prefix, names)
         return {name: read_file(*place) for name, place in places.items()}
-    except (errors.HTTPError, OSError, SafetensorError, pickle.UnpicklingError, EOFError) as e:
+    except DAMAGE as e:
         raise UserError(f"{repo or root}: weights cannot be read: {line(e)}") from e
 
 
@@ -259,10 +270,13 @@ def locate(get, prefix, names):
     for single in ("model.safetensors", "pytorch_model.bin"):
         if index := get(f"{single}.index.json"):
             shard = json.loads(index.read_text())["weight_map"]
-            return {n: (get(shard[k]), k) for n, k in match(shard, prefix, names).items()}
+            keys = match(shard, prefix, names)
+            if missing := [shard[k] for k in keys.values() if not get(shard[k])]:
+                raise FileNotFoundError(f"{missing[0]} is missing")
+            return {n: (get(shard[k]), k) for n, k in keys.items()}
         if file := get(single):
             return {n: (file, k) for n, k in match(read_file(file), prefix, names).items()}
-    raise UserError("no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+    raise FileNotFoundError("neither model.safetensors nor pytorch_model.bin, nor an index of them")
 
 
 def match(keys, prefix, names):
@@ -271,7 +285,7 @@ def match(keys, prefix, names):
     outer = {k.removesuffix(tail) for k in keys if k == tail or k.endswith(f".{tail}")}
     outer = [o for o in outer if all(f"{o}{prefix}.{n}" in keys for n in names)]
     if len(outer) != 1:
-        raise UserError(f"{len(outer)} layers in the checkpoint match {prefix}.({'|'.join(names)})")
+        raise ValueError(f"{len(outer)} layers match {prefix}.({'|'.join(names)})")
     return {n: f"{outer[0]}{prefix}.{n}" for n in names}
 
 
@@ -358,6 +372,8 @@ def read_range(url, start, stop, step=1 << 25):
     for a in range(start, stop, step):
         r = utils.http_backoff("GET", url, headers=byte_range(a, min(a + step, stop)), timeout=30)
         utils.hf_raise_for_status(r)
+        if r.status_code != 206:
+            raise OSError(f"{url} answers a range with status {r.status_code}")
         yield r.content
 
 

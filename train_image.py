@@ -138,9 +138,8 @@ class Images(Dataset):
     file becomes a black image with label -1, which no loss and no metric counts.
     """
 
-    def __init__(self, x, y, transform=None, classes=slice(None)):
+    def __init__(self, x, y, transform=None):
         self.x, self.y, self.transform = x, torch.as_tensor(y), transform
-        self.classes = classes  # those of the model's outputs that the labels number
 
     def __len__(self):
         return len(self.y)
@@ -191,15 +190,15 @@ def read_folder(path, S, workers, names=None, transform=None):
     names = names or folder.classes
     if unknown := set(folder.classes) - set(names):
         raise UserError(f"{path}: class folder '{min(unknown)}' is not among those of training")
-    x, y = [list(column) for column in zip(*folder.samples, strict=True)]
-    classes = [names.index(c) for c in folder.classes]
+    x, y = zip(*folder.samples, strict=True)
+    y = [names.index(folder.classes[i]) for i in y]
     if transform or len(x) * 3 * S * S > 1e9:
-        return Images(x, y, transform or crop(S, S * 256 // 224), classes), names
+        return Images(x, y, transform or crop(S, S * 256 // 224)), names
     chunks = chunked([(i, 0) for i in range(len(x))], 64)
     parts = list(Images(x, y, crop(S, S)).batches(chunks, workers))
     x, y = [torch.cat(column) for column in zip(*parts, strict=True)]
     check_broken(int((y < 0).sum()), len(y), path)
-    return Images(x[y >= 0], y[y >= 0], classes=classes), names
+    return Images(x[y >= 0], y[y >= 0]), names
 
 
 def check_broken(broken, n, where):
@@ -222,7 +221,9 @@ def load_data(args, meta=None):
         test = [read_folder(p, S, args.workers, names, test)[0] for p in sets]
         return {"test": test, "sizes": f"{sum(map(len, test))} test images in {len(sets)} sets"}
     if args.data == "toy":
-        train, test = (Images(*draw_toy(n, seed, S)[:2]) for seed, n in enumerate((12_000, 2000)))
+        parts = [draw_toy(1000, seed, S)[:2] for seed in range(14)]  # each fits the CPU's cache
+        x, y = (torch.cat(column) for column in zip(*parts, strict=True))
+        train, test = Images(x[:12_000], y[:12_000]), Images(x[12_000:], y[12_000:])
         names = [f"{colour} {shape}" for colour in TOY_COLOURS for shape in TOY_SHAPES]
     elif args.data == "folder":
         train, names = read_folder(root / "train", S, args.workers)
@@ -272,12 +273,13 @@ def train_batches(data, args, gen):
     seeds = torch.randint(2**31, (n,), generator=gen)
     pairs = torch.stack([order, seeds], dim=1).tolist()
     chunks = [pairs[i + RANK : i + B : WORLD] for i in range(0, n - B + 1, B)]
-    broken = torch.zeros(())
-    for x, y in images.batches(chunks, args.workers):
+    broken = torch.zeros((), device=args.device)
+    for batch in images.batches(chunks, args.workers):
         draw = torch.rand(3, B, generator=gen)[:, RANK::WORLD]
-        x, broken = x if images.transform else flip_and_shift(x, draw), broken + (y < 0).sum()
+        x, y, draw = (t.to(args.device) for t in (*batch, draw))
+        broken += (y < 0).sum()
         targets = F.one_hot(y.clamp(min=0), C) * (y >= 0)[:, None].float()
-        x, targets = normalise(x.to(args.device)), targets.to(args.device)
+        x = normalise(x if images.transform else flip_and_shift(x, draw))
         yield mix(x, targets, draw) if args.recipe == "deit" else (x, targets)
     check_broken(int(all_sum(broken)), n, "this epoch")
 
@@ -292,8 +294,9 @@ def flip_and_shift(x, draw):
     S, pad = x.shape[-1], x.shape[-1] // 8
     x = torch.where((draw[0] < 0.5)[:, None, None, None], x.flip(-1), x)
     x = F.pad(x, [pad] * 4).permute(0, 2, 3, 1)
-    rows, columns = (draw[1:] * (2 * pad + 1)).long()[:, :, None] + torch.arange(S)  # (B, S) each
-    image = torch.arange(len(x))[:, None, None]
+    shift = (draw[1:] * (2 * pad + 1)).long()[:, :, None]  # (2, B, 1)
+    rows, columns = shift + torch.arange(S, device=x.device)  # (B, S) each
+    image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -389,11 +392,15 @@ def evaluate(model, sets, args):
     scores = []
     for images in sets:
         counts = torch.zeros(3, device=args.device)  # correct, correct among five, all
+        absent = []  # ImageNet-A and -R have 200 of the 1000 classes: only those compete
+        if args.data in ("imagenet-a", "imagenet-r"):
+            absent = sorted(set(range(model.head.out_features)) - set(images.y.tolist()))
         pairs = [(i, 0) for i in range(RANK, len(images), WORLD)]
         for x, y in images.batches(chunked(pairs, args.batch_size), args.workers):
             y = y.to(args.device)
             with autocast(args):
-                logits = model(normalise(x.to(args.device)))[:, images.classes]  # (B, C)
+                logits = model(normalise(x.to(args.device)))  # (B, C)
+            logits[:, absent] = -torch.inf
             hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
             counts += torch.stack([hits[:, 0].sum(), hits.sum(), (y >= 0).sum()])
         counts = all_sum(counts)
@@ -611,7 +618,7 @@ def report(args, model, state, data):
         "gflops_per_sample": round(count_gflops(model, example(args).to(args.device)), 4),
         "samples_per_s": round(sum(speeds) / len(speeds), 1),
         "peak_mem_mb": peak and round(peak / 2**20), "seconds": round(state["seconds"], 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "transformers": transformers.__version__, "device": chip},
     }  # fmt: skip
 

@@ -295,7 +295,7 @@ def store(llm, suffix, shards=1, **old):
     return llm
 
 
-@pytest.mark.parametrize("form", ["safetensors 3", "bin 1", "bin 3", "bin 1 old"])
+@pytest.mark.parametrize("form", ["safetensors 3", "bin 1", "bin 3"])
 def test_any_file_format_gives_the_same_block(form, llama):
     x, one = torch.randn(2, 7, 32), LLMBlock(llama, 32, [1, 2])
     suffix, shards, *old = form.split()

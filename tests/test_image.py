@@ -1,0 +1,344 @@
+"""train_image.py: it learns, resumes, shards, tests and fails as it says. CPU, offline.
+
+python -m pytest tests/test_image.py -q         # LLMBLOCK_DATA=DIR adds DIR/images/cifar10
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train_image  # noqa: E402
+from llmblock import KINDS, UserError  # noqa: E402
+
+SMALL = ["--limit", "192", "--epochs", "2", "--batch-size", "32", "--workers", "0"]
+torch.set_num_threads(1)
+
+
+def run(out, *argv):
+    return train_image.main([*SMALL, "--out", str(out), *argv])
+
+
+def start(out, *argv, launcher=(), **kwargs):
+    """The script as a user starts it, in a process of its own."""
+    command = [sys.executable, *launcher, str(ROOT / "train_image.py"), *SMALL, "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *argv], env=env, text=True, cwd=out, **pipes, **kwargs)
+
+
+def error(out, *argv, code=2):
+    """The one line that a failing run writes."""
+    process = start(out, *argv)
+    _, text = process.communicate()
+    assert process.returncode == code, text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)["model"]
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+
+
+def make_folder(root, split, classes=("cat", "dog"), n=20, size=40):
+    """Class folders of plain images, one colour per class with some noise."""
+    g = torch.Generator().manual_seed(len(split))
+    for i, name in enumerate(classes):
+        (root / split / name).mkdir(parents=True)
+        for j in range(n):
+            x = (80 + 90 * i + 40 * torch.rand(size, size, 3, generator=g)).to(torch.uint8)
+            Image.fromarray(x.numpy()).save(root / split / name / f"{j}.jpg")
+    return root
+
+
+def test_arms_differ_in_the_block_and_in_nothing_else(tmp_path):
+    args = train_image.parse_args([])
+    models = {k: train_image.build_model(args, k, 0, {"classes": list("abc")}) for k in KINDS}
+    host = {k: v for k, v in models["none"].named_parameters()}
+    for model in models.values():
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[k], v) for k, v in host.items())
+        if model.llm.kind != "none":
+            assert torch.equal(model.llm.proj_in.weight, models["linear"].llm.proj_in.weight)
+            groups = train_image.param_groups(model, 0.1)
+            trained = {id(p) for group in groups for p in group["params"]}
+            assert trained == {id(p) for p in parameters.values()}
+
+
+def test_every_kind_runs_and_reports(tmp_path, capsys):
+    results = run(tmp_path, "--epochs", "1", "--block", *KINDS, "--model", "micro")
+    printed = capsys.readouterr().out
+    assert printed.count("RESULT {") == len(KINDS)
+    assert [r["kind"] for r in results] == list(KINDS)
+    frozen = {r["kind"]: r["params_frozen"] for r in results}
+    assert {k for k, n in frozen.items() if n} == {"random", "shuffled", "pretrained"}
+    lines = printed.strip().splitlines()  # the summary stands at the end, one line for each arm
+    assert [line.split()[0] for line in lines[-len(KINDS) :]] == list(KINDS)
+    row = json.loads((tmp_path / "image-toy-micro/none-s0/metrics.jsonl").read_text())
+    assert {"epoch", "loss", "lr", "samples_per_s", "val_top1", "val_top5"} == set(row)
+
+
+def test_checkpoints_hold_no_frozen_weight_and_training_changes_none(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    state = torch.load(tmp_path / "image-toy-micro/pretrained-s0/last.pt", weights_only=True)
+    held = {k for k in state["model"] if k.startswith("llm.")}
+    assert held == {"llm.proj_in.weight", "llm.proj_out.weight", "llm._extra_state"}
+    model = train_image.build_model(train_image.parse_args([]), "pretrained", 0, state["meta"])
+    model.load_state_dict(state["model"])  # verifies the hash of the frozen tensors
+
+
+def test_one_batch_is_learned_by_heart():
+    args = train_image.parse_args(["--limit", "32", "--batch-size", "32"])
+    data = train_image.load_data(args)
+    model = train_image.build_model(args, "pretrained", 0, data["meta"])
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    x, y = data["train"].x, data["train"].y
+    batch = train_image.normalise(x), F.one_hot(y, 12).float()
+    for _ in range(60):
+        loss = train_image.compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3
+    assert train_image.evaluate(model, [data["train"]], args)["top1"] > 90
+
+
+def test_toy_masks_cover_the_shapes_and_only_the_shapes():
+    x, y, mask = train_image.draw_toy(200, 0, 36)
+    colours = torch.tensor(list(train_image.TOY_COLOURS.values()))[y // 4].float()  # (n, 3)
+    distance = (x.float() - colours[:, :, None, None]).abs().mean(1)  # (n, S, S)
+    inside = torch.stack([d[m].mean() for d, m in zip(distance, mask, strict=True)])
+    outside = torch.stack([d[~m].mean() for d, m in zip(distance, mask, strict=True)])
+    assert (inside < outside).all()
+    assert y.unique().tolist() == list(range(12))
+    again = train_image.draw_toy(200, 0, 36)
+    assert all(torch.equal(a, b) for a, b in zip(again, (x, y, mask), strict=True))
+
+
+def test_top1_and_top5_equal_a_count_by_hand():
+    args = train_image.parse_args([])
+    data = train_image.load_data(args)
+    images = data["test"][0].subset(range(100), None)
+    model = train_image.build_model(args, "none", 0, data["meta"])
+    nn_init = torch.Generator().manual_seed(1)
+    model.head.weight.data = torch.randn(model.head.weight.shape, generator=nn_init)
+    with torch.no_grad():
+        order = model(train_image.normalise(images.x)).argsort(1, descending=True)
+    ranks = [row.index(label) for row, label in zip(order.tolist(), images.y.tolist(), strict=True)]
+    expected = {"top1": sum(r < 1 for r in ranks), "top5": sum(r < 5 for r in ranks)}
+    halves = [images.subset(range(50), None), images.subset(range(50, 100), None)]
+    assert train_image.evaluate(model, [images], args) == pytest.approx(expected)
+    assert train_image.evaluate(model, halves, args) == pytest.approx(expected, abs=0.001)
+
+
+def test_flips_and_shifts_move_pixels_and_make_none():
+    x = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16).expand(2, -1, -1, -1)
+    same = torch.tensor([[0.9, 0.1], [0.5, 0.99], [0.5, 0.5]])  # middle; flipped and 2 rows down
+    y = train_image.flip_and_shift(x, same)
+    assert torch.equal(y[0], x[0])
+    assert torch.equal(y[1, :, :-2], x[1].flip(-1)[:, 2:]) and (y[1, :, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("recipe", ["light", "deit"])
+def test_killed_and_continued_equals_uninterrupted(tmp_path, recipe):
+    argv = ["--recipe", recipe, "--epochs", "4"]
+    process = start(tmp_path, "--out", str(tmp_path / "a"), *argv)
+    log = tmp_path / "a/image-toy-micro/pretrained-s0/metrics.jsonl"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 1 <= len(log.read_text().splitlines()) < 4
+    killed, whole = run(tmp_path / "a", *argv), run(tmp_path / "b", *argv)
+    assert killed[0]["metrics"] == whole[0]["metrics"]
+    a, b = (weights(tmp_path / k / "image-toy-micro/pretrained-s0/last.pt") for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert run(tmp_path / "a", *argv) == killed  # done: printed again, nothing trained
+
+
+def test_two_processes_equal_one(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    argv = ["--epochs", "1", "--precision", "fp32"]
+    process = start(tmp_path, *argv, "--out", str(tmp_path / "two"), launcher=launcher)
+    out, text = process.communicate()
+    assert process.returncode == 0, text
+    assert out.count("RESULT ") == 1
+    run(tmp_path / "one", *argv)
+    one, two = (tmp_path / k / "image-toy-micro/pretrained-s0" for k in ("one", "two"))
+    rows = [json.loads((k / "metrics.jsonl").read_text()) for k in (one, two)]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    a, b = weights(one / "last.pt"), weights(two / "last.pt")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_folder_streamed_and_in_memory(tmp_path, monkeypatch):
+    root = make_folder(make_folder(tmp_path / "data", "train"), "val", n=5)
+    argv = ["--data", "folder", "--root", str(root), "--batch-size", "8", "--epochs", "3"]
+    in_memory = run(tmp_path / "a", *argv)[0]
+    read = train_image.read_folder
+
+    def stream(path, S, workers, names=None):
+        return read(path, S, workers, names, train_image.crop(S, S))
+
+    monkeypatch.setattr(train_image, "read_folder", stream)  # as for more than 1 GB
+    streamed = run(tmp_path / "b", *argv, "--workers", "2")[0]
+    assert in_memory["metrics"]["top1"] == streamed["metrics"]["top1"] == 100
+    repeated = run(tmp_path / "c", *argv, "--workers", "0")[0]
+    assert repeated["metrics"] == streamed["metrics"]
+    logs = [(tmp_path / k / "image-folder-micro/pretrained-s0/metrics.jsonl") for k in "bc"]
+    losses = [[json.loads(row)["loss"] for row in log.open()] for log in logs]
+    assert losses[0] == losses[1]  # augmentation does not depend on the number of workers
+
+
+def test_robustness_sets(tmp_path):
+    """One checkpoint on tiny trees laid out like ImageNet-C, -A, -R and -Sketch."""
+    names = ("cat", "dog", "owl")
+    root = make_folder(make_folder(tmp_path / "data", "train", names), "val", names, n=5)
+    run(tmp_path, "--data", "folder", "--root", str(root), "--batch-size", "8", "--epochs", "3")
+    ckpt = str(tmp_path / "image-folder-micro/pretrained-s0/best.pt")
+    for corruption in ("gaussian_noise", "fog", "spatter"):  # the last one is an extra
+        for severity in "12345":
+            wrong = corruption == "spatter" or corruption == "fog" and severity == "5"
+            classes = names[::-1] if wrong else names
+            made = make_folder(tmp_path / "made", f"{corruption}{severity}", classes, n=2)
+            target = tmp_path / "c/extra" / corruption / severity
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (made / f"{corruption}{severity}").rename(target)
+            if wrong:  # the colours say owl, the folders cat
+                for name in ("cat", "owl"):
+                    assert (target / name).is_dir()
+    evaluate = ["--eval", ckpt, "--data"]
+    result = train_image.main([*evaluate, "imagenet-c", "--root", str(tmp_path / "c")])[0]
+    # nine right sets, and one where only the dogs are in their folder
+    assert result["metrics"]["top1"] == pytest.approx((9 * 100 + 100 / 3) / 10, abs=0.1)
+    make_folder(tmp_path, "a", ("cat", "owl"), n=3)
+    for data in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
+        result = train_image.main([*evaluate, data, "--root", str(tmp_path / "a")])[0]
+        # folders 0 and 1 look like cat and dog; where owl competes with cat alone, dog is nearer to
+        # one of them than to none, where all compete it is lost
+        assert result["data"] == data and 50 <= result["metrics"]["top1"] <= 100
+        if data == "imagenet-sketch":
+            assert result["metrics"]["top1"] == 50
+    with pytest.raises(UserError, match="no <corruption>"):
+        train_image.main([*evaluate, "imagenet-c", "--root", str(tmp_path / "a")])
+
+
+def test_eval_repeats_the_result(tmp_path):
+    trained = run(tmp_path, "--epochs", "1")[0]
+    ckpt = tmp_path / "image-toy-micro/pretrained-s0/best.pt"
+    tested = train_image.main(["--eval", str(ckpt), "--out", "nowhere"])[0]
+    assert tested["metrics"] == trained["metrics"] and not Path("nowhere").exists()
+    with pytest.raises(UserError, match="another shape"):
+        train_image.main(["--eval", str(ckpt), "--size", "48"])
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--llm", "no/such-llm"], "no/such-llm"),
+        (["--layers", "999"], "layer 999"),
+        (["--block", "magic"], "magic"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--lr", "-1"], "--lr"),
+        (["--data", "folder", "--root", "no/such/directory"], "no/such/directory/train"),
+        (["--data", "imagenet-c"], "--eval"),
+        (["--eval", "missing.pt"], "missing.pt"),
+        (["--patch", "7"], "--patch 7"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, argv, text
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((UserError, SystemExit)) as caught:
+        run(tmp_path / "out", *argv)
+    shown = str(caught.value) if caught.type is UserError else capsys.readouterr().err
+    assert text in shown and "\n" not in shown.strip()
+    if caught.type is SystemExit:
+        assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_code_and_message_of_the_script(tmp_path):
+    assert "layer 999" in error(tmp_path, "--layers", "999")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_on_the_same_directory_are_refused(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    with pytest.raises(UserError, match="--epochs 1"):
+        run(tmp_path, "--epochs", "2")
+
+
+def test_truncated_and_foreign_checkpoints(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    directory = tmp_path / "image-toy-micro/pretrained-s0"
+    state = torch.load(directory / "last.pt", weights_only=True)
+    other = state["model"]["llm._extra_state"] | {"hash": "0" * 16, "llm": "another-llm"}
+    torch.save(state | {"model": state["model"] | {"llm._extra_state": other}}, tmp_path / "o.pt")
+    with pytest.raises(UserError, match="another block.*another-llm"):
+        train_image.main(["--eval", str(tmp_path / "o.pt")])
+    torch.save(state | {"task": "video"}, tmp_path / "video.pt")
+    with pytest.raises(UserError, match="train_video.py"):
+        train_image.main(["--eval", str(tmp_path / "video.pt")])
+    data = (directory / "last.pt").read_bytes()
+    (directory / "last.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        run(tmp_path, "--epochs", "1")
+    assert (directory / "last.pt").stat().st_size == len(data) // 2  # left for the user to judge
+
+
+def test_broken_images(tmp_path, capsys):
+    root = make_folder(make_folder(tmp_path / "data", "train", n=80), "val", n=5)
+    argv = ["--data", "folder", "--root", str(root), "--batch-size", "8", "--epochs", "1"]
+    broken = root / "train/cat/0.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    run(tmp_path / "a", *argv)
+    assert "1 of 160 images are broken" in capsys.readouterr().err
+    for i in range(1, 4):
+        (root / f"train/cat/{i}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="4 of 160 images are broken, more than 1%"):
+        run(tmp_path / "b", *argv)
+    (root / "train/emu").mkdir()
+    with pytest.raises(UserError, match="emu"):
+        run(tmp_path / "c", *argv)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    directory = tmp_path / "image-toy-micro/pretrained-s0"
+    before = (directory / "best.pt").read_bytes()
+
+    def little_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = start(tmp_path, "--seed", "1", preexec_fn=little_room)
+    _, text = process.communicate()
+    assert process.returncode == 2 and "error: cannot write" in text and "Traceback" not in text
+    assert list((tmp_path / "image-toy-micro/pretrained-s1").iterdir()) == []
+    assert (directory / "best.pt").read_bytes() == before
+
+
+@pytest.mark.skipif("LLMBLOCK_DATA" not in os.environ, reason="LLMBLOCK_DATA is not set")
+@pytest.mark.parametrize("llm", ["stories260K", "babyllama105"])
+def test_real_photos_and_real_llamas(tmp_path, llm):
+    data = Path(os.environ["LLMBLOCK_DATA"])
+    argv = ["--data", "folder", "--root", str(data / "images/cifar10"), "--llm"]
+    results = run(tmp_path, *argv, str(data / "lm" / llm), "--block", "shuffled", "pretrained")
+    assert all(r["params_frozen"] > 40_000 and r["metrics"]["top5"] > 40 for r in results)
