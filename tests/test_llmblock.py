@@ -280,7 +280,7 @@ def test_a_checkpoint_fits_its_own_block_only(kind, llama, tmp_path):
 # ---------------------------------------------------------------- files
 
 
-def store(llm, suffix, shards=1, **old):
+def store(llm, suffix, shards=1):
     """Store an LLM another way; shards part the tensors of every layer."""
     tensors, stem = load_file(llm / "model.safetensors"), "model"
     (llm / "model.safetensors").unlink()
@@ -289,7 +289,7 @@ def store(llm, suffix, shards=1, **old):
         save, stem = torch.save, "pytorch_model"
     index = {n: f"{stem}{f'-{i % shards}' * (shards > 1)}{suffix}" for i, n in enumerate(tensors)}
     for file in sorted(set(index.values())):
-        save({n: t for n, t in tensors.items() if index[n] == file}, llm / file, **old)
+        save({n: t for n, t in tensors.items() if index[n] == file}, llm / file)
     if shards > 1:
         (llm / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
     return llm
@@ -298,9 +298,8 @@ def store(llm, suffix, shards=1, **old):
 @pytest.mark.parametrize("form", ["safetensors 3", "bin 1", "bin 3"])
 def test_any_file_format_gives_the_same_block(form, llama):
     x, one = torch.randn(2, 7, 32), LLMBlock(llama, 32, [1, 2])
-    suffix, shards, *old = form.split()
-    old = dict(_use_new_zipfile_serialization=False) if old else {}  # as torch before 1.6
-    other = LLMBlock(store(llama, f".{suffix}", int(shards), **old), 32, [1, 2])
+    suffix, shards = form.split()
+    other = LLMBlock(store(llama, f".{suffix}", int(shards)), 32, [1, 2])
     assert torch.equal(other(x), one(x)) and other.record == one.record
     assert other.bytes_read == one.bytes_read > 0
 
@@ -361,7 +360,7 @@ def test_description(capsys, monkeypatch, tmp_path):
     main(["--llm", "tests/tiny_llm"])
     text, numbers = capsys.readouterr().out, 4 * 192**2 + 3 * 192 * 512 + 2 * 192
     multiply = 197 * (numbers - 2 * 192 + 2 * 192 * 384) + 2 * 197**2 * 192
-    for part in ("llama", "width 192", "6 heads", f"{numbers:,}", f"{2 * numbers:,} bytes"):
+    for part in ("llama", " 192, 6 heads", f"{numbers:,}", f"{2 * numbers:,}"):
         assert part in text
     assert f"{2 * multiply / 1e9:.2f} GFLOPs" in text
     assert count_gflops(nn.Linear(10, 20), torch.zeros(3, 10)) == 2 * 3 * 10 * 20 / 1e9
