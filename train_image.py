@@ -161,18 +161,13 @@ class Images(Dataset):
             torch.manual_seed(seed)
             return self.transform(image), int(self.y[i])
 
-    def batches(self, chunks, workers):
-        """Yield x uint8 (b, 3, S, S) and y (b) for lists of (index, seed) pairs."""
+    def batches(self, pairs, size, workers):
+        """Yield x uint8 (size, 3, S, S) and y (size) for a list of pairs (index, seed)."""
         if self.transform:
-            yield from DataLoader(self, batch_sampler=chunks, num_workers=workers)
+            yield from DataLoader(self, size, sampler=pairs, num_workers=workers)
         else:
-            for chunk in chunks:
-                i = [i for i, _ in chunk]
+            for i in torch.tensor([i for i, _ in pairs]).split(size):
                 yield self.x[i], self.y[i]
-
-
-def chunked(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def crop(S, resize):
@@ -194,8 +189,7 @@ def read_folder(path, S, workers, names=None, transform=None):
     y = [names.index(folder.classes[i]) for i in y]
     if transform or len(x) * 3 * S * S > 1e9:
         return Images(x, y, transform or crop(S, S * 256 // 224)), names
-    chunks = chunked([(i, 0) for i in range(len(x))], 64)
-    parts = list(Images(x, y, crop(S, S)).batches(chunks, workers))
+    parts = Images(x, y, crop(S, S)).batches([(i, 0) for i in range(len(x))], 64, workers)
     x, y = [torch.cat(column) for column in zip(*parts, strict=True)]
     check_broken(int((y < 0).sum()), len(y), path)
     return Images(x[y >= 0], y[y >= 0]), names
@@ -266,15 +260,15 @@ def train_transform(S, recipe):
 def train_batches(data, args, gen):
     """Yield an epoch of x float (b, 3, S, S) and targets (b, C), decided by the generator alone."""
     images, C = data["train"], len(data["meta"]["classes"])
-    n, B = len(images), min(args.batch_size, len(images))
+    n, B = len(images), min(args.batch_size, len(images) // WORLD * WORLD)
     order = torch.randperm(n, generator=gen)
     if args.recipe == "deit":  # repeated augmentation: three views each of a third of the images
         order = order.repeat_interleave(3)[:n][torch.randperm(n, generator=gen)]
     seeds = torch.randint(2**31, (n,), generator=gen)
-    pairs = torch.stack([order, seeds], dim=1).tolist()
-    chunks = [pairs[i + RANK : i + B : WORLD] for i in range(0, n - B + 1, B)]
+    pairs = torch.stack([order, seeds], dim=1)[: n // B * B]  # whole batches only
+    pairs = pairs[RANK::WORLD].tolist()  # each batch is shared among the processes
     broken = torch.zeros((), device=args.device)
-    for batch in images.batches(chunks, args.workers):
+    for batch in images.batches(pairs, B // WORLD, args.workers):
         draw = torch.rand(3, B, generator=gen)[:, RANK::WORLD]
         x, y, draw = (t.to(args.device) for t in (*batch, draw))
         broken += (y < 0).sum()
@@ -396,7 +390,7 @@ def evaluate(model, sets, args):
         if args.data in ("imagenet-a", "imagenet-r"):
             absent = sorted(set(range(model.head.out_features)) - set(images.y.tolist()))
         pairs = [(i, 0) for i in range(RANK, len(images), WORLD)]
-        for x, y in images.batches(chunked(pairs, args.batch_size), args.workers):
+        for x, y in images.batches(pairs, args.batch_size, args.workers):
             y = y.to(args.device)
             with autocast(args):
                 logits = model(normalise(x.to(args.device)))  # (B, C)
@@ -450,8 +444,11 @@ def finish_args(p, argv):
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":  # mps only on request
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if has["cuda"] else "cpu"
+    if not has[args.device]:
+        raise UserError(f"--device {args.device}: PyTorch finds none here")
     if args.precision == "auto":
         args.precision = "bf16" if fast_bf16(args) else "fp32"
     return args

@@ -40,7 +40,7 @@ def test_a_changed_copy_is_found():
     text = SCRIPTS["train_image.py"]
     for old, new, part in [
         ("def lr_at(step, steps,", "def lr_at(step, all_steps,", "below the mark"),
-        ("def chunked(items,", "def chunked(things,", "chunked"),
+        ("def crop(S, resize)", "def crop(S, side)", "crop"),
         ("def compute_loss(model,", "def compute_loss(net,", None),
         (MARK, "# elsewhere", "lacks the line"),
     ]:
