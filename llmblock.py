@@ -400,5 +400,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", *str(e).split(), file=sys.stderr)  # on one line
         sys.exit(2)

@@ -68,14 +68,14 @@ def parse_args(argv=None):
     p.add_argument("--data", choices=data, default="toy", help="toy is drawn by the script")
     p.add_argument("--root", default="data", help="where the data is, or is downloaded to")
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: tiny, small, base")
-    p.add_argument("--size", type=positive, help="side of the images (default: the model's)")
-    p.add_argument("--patch", type=positive, help="side of a patch (default: the model's)")
+    p.add_argument("--size", type=int, help="side of the images (default: the model's)")
+    p.add_argument("--patch", type=int, help="side of a patch (default: the model's)")
     p.add_argument("--recipe", choices=("light", "deit"), default="light", help="deit: the paper's")
     add_shared_args(p, epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
     args = finish_args(p, argv)
     args.size = args.size or MODELS[args.model]["size"]
     args.patch = args.patch or MODELS[args.model]["patch"]
-    if args.size % args.patch:
+    if min(args.size, args.patch) < 1 or args.size % args.patch:
         raise UserError(f"--size {args.size} is no multiple of --patch {args.patch}")
     if args.data in ROBUST and not args.eval:
         raise UserError(f"--data {args.data} is a test set: give a checkpoint with --eval")
@@ -412,25 +412,19 @@ def add_shared_args(p, epochs, batch_size, lr, weight_decay, warmup):
     p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
     p.add_argument("--seed", type=int, default=0, help="the first seed")
-    p.add_argument("--seeds", type=positive, default=1, help="how many seeds of each arm")
-    p.add_argument("--epochs", type=positive, default=epochs)
-    p.add_argument("--batch-size", type=positive, default=batch_size, help="over all processes")
+    p.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
+    p.add_argument("--epochs", type=int, default=epochs)
+    p.add_argument("--batch-size", type=int, default=batch_size, help="over all processes")
     p.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
     p.add_argument("--weight-decay", type=float, default=weight_decay)
     p.add_argument("--warmup", type=float, default=warmup, help="epochs")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
-    p.add_argument("--limit", type=positive, help="use at most so many samples of each split")
+    p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def finish_args(p, argv):
@@ -440,6 +434,8 @@ def finish_args(p, argv):
     if args.eval:
         p.set_defaults(**load(args.eval)["settings"])
         args = p.parse_args(argv)
+    if min(args.epochs, args.batch_size, args.seeds, args.limit or 1) < 1:
+        raise UserError("--epochs, --batch-size, --seeds and --limit must be at least 1")
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
@@ -495,7 +491,7 @@ def say(text):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # on one line
     sys.exit(2)
 
 
@@ -526,7 +522,7 @@ def restore(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
-        raise UserError(f"{path} holds a model of another shape: {' '.join(str(e).split())}") from e
+        raise UserError(f"{path} holds a model of another shape: {e}") from e
 
 
 def train(args, kind, seed, data):
@@ -562,8 +558,8 @@ def train(args, kind, seed, data):
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
         start, total = time.perf_counter(), torch.zeros((), device=args.device)
         model.train()
-        batches = train_batches(data, args, gen)
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=None)
+        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
+        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
         for step, batch in enumerate(bar, epoch * per_epoch):
             lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
             for group in optimizer.param_groups:
@@ -657,12 +653,12 @@ def main(argv=None):
         restore(model, saved, args.eval)
         results = [report(args, model.to(args.device), saved, data)]
         say("RESULT " + json.dumps(results[0]))
-        return results
-    results = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        for kind in args.block:
-            results.append(train(args, kind, seed, data))
-            say("RESULT " + json.dumps(results[-1]))
+    else:
+        results = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            for kind in args.block:
+                results.append(train(args, kind, seed, data))
+                say("RESULT " + json.dumps(results[-1]))
     if len(results) > 1:
         summarise(results)
     if WORLD > 1:
