@@ -37,17 +37,26 @@ FROZEN = ("random", "shuffled", "pretrained")
 KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
 
 
+# What transformers raises on an impossible config.json, and what reading files raises besides.
+MISFIT = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError)
+MISFIT += (AssertionError, errors.StrictDataclassError)
+DAMAGE = (*MISFIT, errors.HTTPError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
 class UserError(Exception):
     """A mistake that only the user can mend. One line: what was found and what to do."""
+
+    def __init__(self, text):
+        super().__init__(" ".join(str(text).split()))
 
 
 class LLMBlock(nn.Module):
     """Decoder layer(s) of an LLM between two trained linear layers: (B, N, dim) -> (B, N, dim).
 
     llm: local directory or Hugging Face name; layers: index or indices, negative from the end;
-    kind: one of KINDS; seed: of the projections and of random or shuffled weights; dtype: of the
-    LLM's weights; causal, rotary: give the LLM its own mask and positions back (controls).
-    Raises UserError for a wrong argument or a damaged file.
+    kind: one of KINDS; seed: of the projections and of random or shuffled weights; dtype: of frozen
+    weights, trained ones stay fp32; causal, rotary: give the LLM its own mask and positions back
+    (controls). Raises UserError for a wrong argument or a damaged file.
     """
 
     def __init__(
@@ -64,19 +73,20 @@ class LLMBlock(nn.Module):
         config, root, repo = find_llm(llm)
         n = config.num_hidden_layers
         layers = [layers] if isinstance(layers, int) else list(layers)
-        if not layers:
-            raise UserError("no layers of the LLM are given")
-        if wrong := [i for i in layers if not -n <= i < n]:
-            raise UserError(f"layer {wrong[0]}: {llm} has {n} layers, 0 to {n - 1} or -{n} to -1")
+        if not layers or min(layers) < -n or max(layers) >= n:
+            given = " ".join(map(str, layers))
+            raise UserError(f"layer {given}: {llm} has {n} layers, 0 to {n - 1} or -{n} to -1")
         layers = [i % n for i in layers]
         with torch.random.fork_rng(devices=[]):  # leaves the host's random numbers as they were
-            torch.manual_seed(seed)  # and every kind starts from the same projections
+            # Every kind starts from the same projections. torch.manual_seed would seed GPUs, too.
+            torch.default_generator.manual_seed(seed)
             self.proj_in = nn.Linear(dim, config.hidden_size, bias=False)
             self.proj_out = nn.Linear(config.hidden_size, dim, bias=False)
             if kind == "mlp":
                 self.norm = nn.LayerNorm(config.hidden_size)
             elif kind != "linear":
-                self._add_layers(config, root, repo, layers, dtype or torch.float32)
+                dtype = dtype if dtype and kind in FROZEN else torch.float32
+                self._add_layers(config, root, repo, layers, dtype)
         self.causal, self.rotary = causal, rotary
         self.record |= {"llm": str(llm), "layers": layers, "causal": causal, "rotary": rotary}
         if kind in FROZEN:
@@ -85,10 +95,14 @@ class LLMBlock(nn.Module):
 
     def _add_layers(self, config, root, repo, indices, dtype):
         """Lay the whole LLM out without memory (meta device), then fill the wanted layers alone."""
-        with torch.device("meta"):
-            llm = AutoModel.from_config(config, dtype=torch.float32)
-        stacks = [(k, m) for k, m in llm.named_modules() if isinstance(m, nn.ModuleList)]
-        path, stack = next((k, m) for k, m in stacks if len(m) == config.num_hidden_layers)
+        n = config.num_hidden_layers
+        try:
+            with torch.device("meta"):
+                llm = AutoModel.from_config(config, dtype=torch.float32)
+            stacks = [(k, m) for k, m in llm.named_modules() if isinstance(m, nn.ModuleList)]
+            path, stack = next((k, m) for k, m in stacks if len(m) == n)
+        except (*MISFIT, StopIteration) as e:
+            raise UserError(f"{root}: config.json does not give {n} layers: {e!r}") from e
         self.rope_args = [()] * len(indices)
         if hasattr(llm, "rotary_emb"):
             self.rotary_emb = type(llm.rotary_emb)(llm.config)  # once more, off the meta device
@@ -104,13 +118,7 @@ class LLMBlock(nn.Module):
             if self.kind in ("random", "trained"):
                 layer.to_empty(device="cpu").apply(llm._init_weights)
             else:
-                names = [name for name, _ in layer.named_parameters()]
-                try:
-                    tensors = read_layer(root, repo, f"{path}.{i}", names)
-                    layer.load_state_dict(tensors, assign=True)
-                except RuntimeError as e:
-                    raise UserError(f"{root}: weights do not fit config.json: {line(e)}") from e
-                del tensors  # .to() below then frees each tensor that it converts
+                load_layer(layer, root, repo, f"{path}.{i}")
                 self.bytes_read += sum(p.nbytes for p in layer.parameters())
             if self.kind == "shuffled":  # every tensor keeps its values and loses their order
                 for p in layer.parameters():
@@ -125,8 +133,8 @@ class LLMBlock(nn.Module):
         x, order = torch.randn(1, 5, config.hidden_size) / 100, [3, 0, 4, 1, 2]
         try:
             y, z = self._run_layers(x, None), self._run_layers(x[:, order], None)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as e:  # ALiBi, recurrence, ...
-            raise UserError(f"{config.model_type}: a layer does not run alone: {line(e)}") from e
+        except MISFIT as e:  # ALiBi, recurrence, ...
+            raise UserError(f"{config.model_type}: a layer does not run alone: {e}") from e
         if not torch.allclose(y[:, order], z, rtol=0.05, atol=0.05 * y.abs().max().item()):
             raise UserError(f"{config.model_type}: a layer depends on the order of its tokens")
 
@@ -142,7 +150,7 @@ class LLMBlock(nn.Module):
             h = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
         return self.proj_out(h)  # (B, N, dim)
 
-    def _run_layers(self, h, mask):
+    def _run_layers(self, h, mask, which=slice(None)):
         h = h.to(tensors(self.layers)[0].dtype)
         seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, N)
         if self.causal:
@@ -153,7 +161,7 @@ class LLMBlock(nn.Module):
             seen = torch.zeros_like(seen, dtype=h.dtype).masked_fill(~seen, hidden)
         # Rotary off: every token is at position 0, where the rotation is the identity.
         positions = torch.arange(h.shape[1], device=h.device)[None] * int(self.rotary)  # (1, N)
-        for layer, rope_args in zip(self.layers, self.rope_args, strict=True):
+        for layer, rope_args in list(zip(self.layers, self.rope_args, strict=True))[which]:
             rope = {}
             if hasattr(self, "rotary_emb"):
                 rope["position_embeddings"] = self.rotary_emb(h, positions, *rope_args)
@@ -165,23 +173,18 @@ class LLMBlock(nn.Module):
         proj_out (B, N, dim). attention and ffn are the residual stream of the last layer behind
         its attention and behind its FFN; a kind without layers has no such stages.
         """
-        seen, calls, hooks = {"host": x}, [], []
+        seen = {"host": x}
         if self.kind != "none":
-            tap = self.proj_in.register_forward_hook(lambda m, args, y: seen.update(proj_in=y))
-            hooks.append(tap)
-        for layer in self.layers[-1:]:
-            tap = layer.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
-            hooks.append(tap)
-        y = self(x, mask)
-        for hook in hooks:
+            h = seen["proj_in"] = self.proj_in(x)
+        if self.layers:
+            h = self._run_layers(h, mask, slice(-1))
+            # With a silent FFN, which is the last child that holds matrices, or ends with it.
+            ffn = [m for m in self.layers[-1].children() if any(t.ndim > 1 for t in tensors(m))][-1]
+            hook = ffn.register_forward_hook(lambda m, args, y: first(y) * 0)
+            seen["attention"] = self._run_layers(h, mask, slice(-1, None))
             hook.remove()
-        for layer, args, kwargs, ffn in calls:  # once more with a silent FFN, its last matrices
-            matrices = [m for m in layer.children() if any(t.ndim > 1 for t in tensors(m))]
-            hook = matrices[-1].register_forward_hook(lambda m, args, y: first(y) * 0)
-            seen["attention"] = first(layer(*args, **kwargs))
-            seen["ffn"] = first(ffn)
-            hook.remove()
-        return seen | {"proj_out": y}
+            seen["ffn"] = self._run_layers(h, mask, slice(-1, None))
+        return seen | {"proj_out": self(x, mask)}
 
     def train(self, mode=True):
         super().train(mode)
@@ -242,27 +245,28 @@ def find_llm(llm):
         if repo:  # the cache keeps each commit in a folder named by its hash
             root = Path(hf_hub_download(repo, "config.json")).parent
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except (errors.HTTPError, errors.HFValidationError, OSError, ValueError, KeyError) as e:
-        raise UserError(f"{llm} is no directory or hub model with a known config: {line(e)}") from e
-    if config.is_encoder_decoder:
+    except DAMAGE as e:
+        raise UserError(f"{llm} is no directory or hub model with a known config: {e}") from e
+    text = config.get_text_config()
+    if config.is_encoder_decoder or not hasattr(text, "num_hidden_layers"):
         raise UserError(f"{llm}: {config.model_type} is not a decoder-only language model")
-    return config.get_text_config(), root, repo
+    if getattr(config, "quantization_config", None):  # whose scales stand beside the weights
+        raise UserError(f"{llm} is quantised: name the model that it was made from")
+    return text, root, repo
 
 
-DAMAGE = (errors.HTTPError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-DAMAGE += (ValueError, KeyError, RuntimeError)  # from broken JSON, and torch.load
-
-
-def read_layer(root, repo, prefix, names):
-    """{parameter: tensor} of the layer `prefix`, say layers.31."""
+def load_layer(layer, root, repo, prefix):
+    """Fill a layer with the tensors that stand under `prefix`, say layers.31."""
+    names = [name for name, _ in layer.named_parameters()]
     try:
         files = {file.name: file for file in root.iterdir()}
         if repo:
             files = {"model.safetensors": fetch_layer(root, repo, prefix, names)}
         places = locate(files.get, prefix, names)
-        return {name: read_file(*place) for name, place in places.items()}
+        tensors = {name: read_file(*place) for name, place in places.items()}
+        layer.load_state_dict(tensors, assign=True)
     except DAMAGE as e:
-        raise UserError(f"{repo or root}: weights cannot be read: {line(e)}") from e
+        raise UserError(f"{repo or root}: no weights that fit config.json: {e}") from e
 
 
 def locate(get, prefix, names):
@@ -377,10 +381,6 @@ def read_range(url, start, stop, step=1 << 25):
         yield r.content
 
 
-def line(error):
-    return " ".join(str(error).split())
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Describe the block made of an LLM's layer(s).")
     parser.add_argument("--llm", required=True, help="hub name or local directory")
@@ -400,5 +400,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        print("error:", *str(e).split(), file=sys.stderr)  # on one line
+        print("error:", e, file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,7 @@
     python train_image.py --block none random pretrained     # three arms on toy images, offline
     python train_image.py --data cifar10 --model micro --block none random pretrained --seeds 3
     python train_image.py --data folder --root DIR           # DIR/train/<class>/, DIR/val/<class>/
-    torchrun --nproc-per-node=4 train_image.py ...           # several GPUs, the same result
+    torchrun --nproc-per-node=4 train_image.py ...           # several GPUs, the same batches
 
 The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A100; not run here):
 
@@ -11,7 +11,7 @@ The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A1
         --llm huggyllama/llama-7b --block none random pretrained --recipe deit --epochs 300 \\
         --warmup 20 --batch-size 1024 --lr 1e-3 --weight-decay 0.05 --compile
 
-Its robustness tests of a finished run (ImageNet-C, -A, -R or -Sketch, each in a directory):
+To test a finished run on ImageNet-C, -A, -R or -Sketch (each in a directory of its own):
 
     python train_image.py --eval runs/image-folder-small/pretrained-s0/best.pt \\
         --data imagenet-c --root imagenet-c
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, help="side of the images (default: the model's)")
     p.add_argument("--patch", type=int, help="side of a patch (default: the model's)")
     p.add_argument("--recipe", choices=("light", "deit"), default="light", help="deit: the paper's")
-    add_shared_args(p, epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
+    p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
     args = finish_args(p, argv)
     args.size = args.size or MODELS[args.model]["size"]
     args.patch = args.patch or MODELS[args.model]["patch"]
@@ -158,7 +158,7 @@ class Images(Dataset):
                 print(f"skipped {image}: {e}", file=sys.stderr)
                 return self.transform(Image.new("RGB", (32, 32))), -1
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone
             return self.transform(image), int(self.y[i])
 
     def batches(self, pairs, size, workers):
@@ -221,7 +221,8 @@ def load_data(args, meta=None):
         names = [f"{colour} {shape}" for colour in TOY_COLOURS for shape in TOY_SHAPES]
     elif args.data == "folder":
         train, names = read_folder(root / "train", S, args.workers)
-        test, _ = read_folder(root / "val", S, args.workers, names)
+        # The same view of test and validation images: both streamed, or both in memory.
+        test, _ = read_folder(root / "val", S, args.workers, names, train.transform)
     else:
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashionmnist": FashionMNIST}
         try:
@@ -230,15 +231,18 @@ def load_data(args, meta=None):
             raise UserError(f"{args.data} is not in {root} and cannot be downloaded: {e}") from e
         train, test = (Images(to_squares(s.data, S), s.targets) for s in sets)
         names = list(sets[0].classes)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    order, test_order = (  # folders come class by class: --limit must not take the first classes
+        torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+        for images in (train, test)
+    )
     held_out = min(len(train) // 10, 10_000)
-    if not (held_out and len(test)):
-        raise UserError(f"{root}: {len(train)} images to train on, {len(test)} to test: too few")
     augment = train_transform(S, args.recipe) if train.transform or args.recipe == "deit" else None
     val = train.subset(order[:held_out][: args.limit], train.transform)
     train = train.subset(order[held_out:][: args.limit], augment)
-    test = test.subset(list(range(len(test)))[: args.limit], test.transform)
+    test = test.subset(test_order[: args.limit], test.transform)
     sizes = f"{len(train)} train, {len(val)} val, {len(test)} test images, {len(names)} classes"
+    if min(len(train), len(val), len(test)) < WORLD:
+        raise UserError(f"{root}: {sizes} are too few for {WORLD} processes")
     meta = {"classes": names}
     return {"train": train, "val": [val], "test": [test], "meta": meta, "sizes": sizes}
 
@@ -407,17 +411,20 @@ def evaluate(model, sets, args):
 # ---------------------------------------------------------------- the same in every script
 
 
-def add_shared_args(p, epochs, batch_size, lr, weight_decay, warmup):
+def finish_args(p, argv):
+    """Add the flags of every script, parse (with --eval, a checkpoint's settings are the defaults),
+    check, and resolve `auto`.
+    """
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
     p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
     p.add_argument("--seed", type=int, default=0, help="the first seed")
     p.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
-    p.add_argument("--epochs", type=int, default=epochs)
-    p.add_argument("--batch-size", type=int, default=batch_size, help="over all processes")
-    p.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
-    p.add_argument("--weight-decay", type=float, default=weight_decay)
-    p.add_argument("--warmup", type=float, default=warmup, help="epochs")
+    p.add_argument("--epochs", type=int)
+    p.add_argument("--batch-size", type=int, help="over all processes")
+    p.add_argument("--lr", type=float, help="peak of the cosine schedule")
+    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--warmup", type=float, help="epochs")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -425,10 +432,6 @@ def add_shared_args(p, epochs, batch_size, lr, weight_decay, warmup):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-
-
-def finish_args(p, argv):
-    """Parse (with --eval, a checkpoint's settings are the defaults), check, and resolve `auto`."""
     p.error = fail
     args = p.parse_args(argv)
     if args.eval:
@@ -440,21 +443,17 @@ def finish_args(p, argv):
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":  # mps only on request
-        args.device = "cuda" if has["cuda"] else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not has[args.device]:
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":
-        args.precision = "bf16" if fast_bf16(args) else "fp32"
+    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
+        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        if args.device != "cpu":
+            bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp32"
     return args
-
-
-def fast_bf16(args):
-    """Where bf16 is faster. On a CPU, casting costs the narrow micro more than bf16 saves."""
-    if args.device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return args.device == "cpu" and args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(args):
@@ -466,8 +465,7 @@ def param_groups(model, weight_decay):
     groups = {True: [], False: []}
     for name, p in model.named_parameters():
         groups[p.ndim > 1 and name not in ("cls", "pos")].append(p)
-    return [{"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0}]  # fmt: skip
+    return [{"params": ps, "weight_decay": weight_decay * on} for on, ps in groups.items()]
 
 
 def lr_at(step, steps, warmup, peak):
@@ -491,7 +489,7 @@ def say(text):
 
 
 def fail(message):
-    print("error:", *str(message).split(), file=sys.stderr)  # on one line
+    print("error:", UserError(message), file=sys.stderr)  # on one line
     sys.exit(2)
 
 
@@ -506,8 +504,8 @@ def save(state, path):
         raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
 
 
-def load(path):
-    """A checkpoint of this script; tensors and plain values only, nothing in it is executed."""
+def load(path, model=None):
+    """A checkpoint of this script, also into the model; nothing but tensors and plain values."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         task = state["task"]
@@ -515,14 +513,12 @@ def load(path):
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
     if task != TASK:
         raise UserError(f"{path} is a checkpoint of train_{task}.py")
-    return state
-
-
-def restore(model, state, path):
     try:
-        model.load_state_dict(state["model"])
+        if model is not None:
+            model.load_state_dict(state["model"])
     except RuntimeError as e:
         raise UserError(f"{path} holds a model of another shape: {e}") from e
+    return state
 
 
 def train(args, kind, seed, data):
@@ -541,8 +537,7 @@ def train(args, kind, seed, data):
     model, history = build_model(args, kind, seed, data["meta"]).to(args.device), state["history"]
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), fused=True)
     if history:
-        restore(model, state, out / "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
         say(f"{out}: going on after epoch {len(history)}")
     if args.compile:
         model.compile()
@@ -574,7 +569,8 @@ def train(args, kind, seed, data):
         loss = all_sum(total).item() / per_epoch / WORLD
         if not math.isfinite(loss):
             raise UserError(f"{out}: the loss is {loss} in epoch {epoch + 1}; try a lower --lr")
-        speed = per_epoch * args.batch_size / (time.perf_counter() - start)
+        samples = per_epoch * min(args.batch_size, len(data["train"]))
+        speed = samples / (time.perf_counter() - start)
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
@@ -583,17 +579,16 @@ def train(args, kind, seed, data):
             f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
         if RANK == 0:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            scores = [row[f"val_{SELECT}"] for row in history]
-            if scores.index(max(scores)) == epoch:
+            if all(val[SELECT] > row[f"val_{SELECT}"] for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             save(state, out / "last.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
-    restore(model, load(out / "best.pt"), out / "best.pt")
+    load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:
-        save(state, out / "last.pt")
+    if RANK == 0:  # the model now holds the weights of best.pt
+        save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
 
@@ -623,14 +618,12 @@ def report(args, model, state, data):
 
 def summarise(results):
     """Mean ± standard deviation over the seeds of each arm."""
-    names = list(results[0]["metrics"])
-    rows = [["block", "n", *names]]
+    rows = [["block", "n", *results[0]["metrics"]]]
     for kind in dict.fromkeys(r["kind"] for r in results):
         runs = [list(r["metrics"].values()) for r in results if r["kind"] == kind]
-        columns = torch.tensor(runs, dtype=torch.float64).T
-        sd = [f" ± {x.std():.2f}" if len(x) > 1 else "" for x in columns]
-        cells = [f"{x.mean():.2f}{s}" for x, s in zip(columns, sd, strict=True)]
-        rows.append([kind, len(runs), *cells])
+        rows.append([kind, len(runs)])
+        for x in torch.tensor(runs, dtype=torch.float64).T:  # one metric of all seeds
+            rows[-1].append(f"{x.mean():.2f}" + (f" ± {x.std():.2f}" if len(x) > 1 else ""))
     for row in rows:
         say(f"{row[0]:12}" + "".join(f"{cell:>16}" for cell in row[1:]))
 
@@ -645,16 +638,20 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
+    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+        raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     say(f"{TASK} {args.data} {args.model} on {args.device} in {args.precision}: {data['sizes']}")
     if saved:
         model = build_model(args, saved["kind"], saved["seed"], saved["meta"])
-        restore(model, saved, args.eval)
+        load(args.eval, model)
         results = [report(args, model.to(args.device), saved, data)]
         say("RESULT " + json.dumps(results[0]))
     else:
         results = []
+        for kind in args.block:  # what cannot be built fails now, and not after the first arm
+            build_model(args, kind, args.seed, data["meta"])
         for seed in range(args.seed, args.seed + args.seeds):
             for kind in args.block:
                 results.append(train(args, kind, seed, data))

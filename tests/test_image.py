@@ -191,7 +191,7 @@ def test_folder_streamed_and_in_memory(tmp_path, monkeypatch):
     in_memory = run(tmp_path / "a", *argv)[0]
     read = train_image.read_folder
 
-    def stream(path, S, workers, names=None):
+    def stream(path, S, workers, names=None, transform=None):
         return read(path, S, workers, names, train_image.crop(S, S))
 
     monkeypatch.setattr(train_image, "read_folder", stream)  # as for more than 1 GB

@@ -326,6 +326,10 @@ DAMAGES = {
     "no shard": lambda llm: (store(llm, ".bin", 2) / "pytorch_model-1.bin").unlink(),
     "no config": lambda llm: (llm / "config.json").unlink(),
     "config cut": lambda llm: cut(llm / "config.json"),
+    "no number": lambda llm: edit(llm / "config.json", hidden_size="abc"),
+    "no heads": lambda llm: edit(llm / "config.json", num_attention_heads=0),
+    "no function": lambda llm: edit(llm / "config.json", hidden_act="unheard-of"),
+    "quantised": lambda llm: edit(llm / "config.json", quantization_config={"quant_method": "fp8"}),
     "unknown config": lambda llm: edit(llm / "config.json", model_type="unheard-of"),
 }
 
@@ -342,9 +346,8 @@ def test_wrong_arguments_are_reported_in_one_line(llama, tmp_path, monkeypatch, 
     t5 = make(tmp_path / "t5", "t5", d_model=64, head_dim=None)
     wrong = {"frozen": (llama, 32, -1, "frozen"), "999": (llama, 32, 999), "t5": (t5, 32)}
     wrong |= {"-4": (llama, 32, [0, -4]), "nowhere": (tmp_path / "nowhere", 32)}
-    for named, args in (
-        wrong | {"no-one/llm": ("no-one/llm", 32), "no llm": ("no llm", 32)}
-    ).items():
+    wrong |= {"no-one/llm": ("no-one/llm", 32), "no llm": ("no llm", 32)}
+    for named, args in wrong.items():
         with pytest.raises(UserError, match=named) as e:
             LLMBlock(*args)
         assert "\n" not in str(e.value)
