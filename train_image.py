@@ -215,9 +215,9 @@ def load_data(args, meta=None):
         test = [read_folder(p, S, args.workers, names, test)[0] for p in sets]
         return {"test": test, "sizes": f"{sum(map(len, test))} test images in {len(sets)} sets"}
     if args.data == "toy":
-        parts = [draw_toy(1000, seed, S)[:2] for seed in range(14)]  # each fits the CPU's cache
+        parts = [draw_toy(1000, seed, S)[:2] for seed in range(12)]  # each fits the CPU's cache
         x, y = (torch.cat(column) for column in zip(*parts, strict=True))
-        train, test = Images(x[:12_000], y[:12_000]), Images(x[12_000:], y[12_000:])
+        train, test = Images(x[:10_000], y[:10_000]), Images(x[10_000:], y[10_000:])
         names = [f"{colour} {shape}" for colour in TOY_COLOURS for shape in TOY_SHAPES]
     elif args.data == "folder":
         train, names = read_folder(root / "train", S, args.workers)
