@@ -1,7 +1,7 @@
 """Image classification: a DeiT-style ViT with one frozen LLM block behind its last layer.
 
     python train_image.py --block none random pretrained     # three arms on toy images, offline
-    python train_image.py --data cifar10 --model micro --block none random pretrained --seeds 3
+    python train_image.py --data cifar10 --epochs 20 --lr 1e-3 --block none random pretrained
     python train_image.py --data folder --root DIR           # DIR/train/<class>/, DIR/val/<class>/
     torchrun --nproc-per-node=4 train_image.py ...           # several GPUs, the same batches
 
@@ -19,8 +19,9 @@ To test a finished run on ImageNet-C, -A, -R or -Sketch (each in a directory of 
 Each run ends with a line `RESULT {json}`. Its checkpoint is chosen on images held out of train; the
 test images (val/) are used once. The same command again resumes, or prints what is done.
 
-Differs from the paper: RandAugment is torchvision's, gradients are clipped at norm 1, and there is
-no EMA (the released code keeps one without using it).
+Differs from the paper: RandAugment is torchvision's, the three views of repeated augmentation are
+spread over the epoch, gradients are clipped at norm 1, and there is no EMA (the released code keeps
+one without using it).
 Letters: B batch, N tokens, D width, S side of the images in pixels, C classes.
 """
 
