@@ -44,6 +44,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -315,7 +316,7 @@ class Block(nn.Module):
 
     def __init__(self, D, heads, drop_path):
         super().__init__()
-        self.heads, self.drop_path = heads, drop_path
+        self.heads, self.drop = heads, StochasticDepth(drop_path, mode="row")
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
@@ -329,12 +330,6 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).reshape(B, N, D))
-
-    def drop(self, x):
-        if not (self.training and self.drop_path):
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * kept / (1 - self.drop_path)
 
 
 class ViT(nn.Module):

@@ -1,7 +1,7 @@
 """Train the offline stand-in LLM: a byte-level Llama of 1.8M parameters, 3.6 MB, in tiny_llm/.
 
     python tests/make_tiny_llm.py --minutes 20               # 26 minutes on 2 busy CPU cores
-    python tests/make_tiny_llm.py --steps 20 --out /tmp/try  # about 4 minutes
+    python tests/make_tiny_llm.py --steps 20 --out tiny_try  # about 4 minutes
 
 It learns from the English docstrings of the packages that torch and transformers bring along, so
 it needs no download and anyone can make it again (other package versions: slightly other text).

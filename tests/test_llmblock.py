@@ -326,7 +326,6 @@ DAMAGES = {
     "no shard": lambda llm: (store(llm, ".bin", 2) / "pytorch_model-1.bin").unlink(),
     "no config": lambda llm: (llm / "config.json").unlink(),
     "config cut": lambda llm: cut(llm / "config.json"),
-    "no number": lambda llm: edit(llm / "config.json", hidden_size="abc"),
     "no heads": lambda llm: edit(llm / "config.json", num_attention_heads=0),
     "no function": lambda llm: edit(llm / "config.json", hidden_act="unheard-of"),
     "quantised": lambda llm: edit(llm / "config.json", quantization_config={"quant_method": "fp8"}),
