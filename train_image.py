@@ -574,11 +574,12 @@ def train(args, kind, seed, data):
         say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{SELECT} {val[SELECT]:.2f} "
             f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
         if RANK == 0:
+            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             if all(val[SELECT] > row[f"val_{SELECT}"] for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
-            save(state, out / "last.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
+            save(state, out / "last.pt")
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
