@@ -284,7 +284,7 @@ def locate(get, prefix, names):
 
 
 def match(keys, prefix, names):
-    """{parameter: key}, layers.31 stands under model., language_model.model. or nothing."""
+    """{parameter: its key}: layers.31 may stand under model. or language_model.model. or alone."""
     keys, tail = set(keys), f"{prefix}.{names[0]}"
     outer = {k.removesuffix(tail) for k in keys if k == tail or k.endswith(f".{tail}")}
     outer = [o for o in outer if all(f"{o}{prefix}.{n}" in keys for n in names)]
