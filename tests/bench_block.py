@@ -2,11 +2,11 @@
 
     python tests/bench_block.py             # LLaMA-7B's layer, 788 tokens, 1 to 2 minutes, 2.8 GB
 
-Prints medians of interleaved rounds: matmul (the block's seven matrices alone, forward and input
-gradient), ours (LLMBlock, forward and backward), paper (written out: fp32, on CUDA fp16 autocast;
-checked against ours); last RESULT {...}. AMD EPYC with AVX512-BF16, 2 cores, torch 2.15, the
-fastest of 4 runs: matmul 403, ours 366 (91 %), paper 162 GFLOP/s, ours 2.26 times as fast. Other
-jobs slowed the other three (matmul 185 to 203): 75, 80 and 88 %; 2.09, 1.95 and 2.40 times.
+Prints medians of interleaved rounds: fp32 and matmul (the block's seven matrices alone, forward and
+input gradient, in fp32 and in bf16), ours (LLMBlock, forward and backward), paper (written out: fp32,
+on CUDA fp16 autocast; checked against ours); last RESULT {...}. AMD EPYC with AVX512-BF16, 2 cores,
+torch 2.15: fp32 169, matmul 411, ours 362 (89 %), paper 165 GFLOP/s, ours 2.19 times as fast. Other
+jobs on the machine change these: 71 to 91 %, 1.95 to 2.55 times.
 CUDA: not run yet.
 """
 
@@ -105,7 +105,10 @@ def main():
     weights = [w for w in ours.layers.buffers() if w.ndim == 2]  # (out, in)
     flat = torch.randn(args.batch * args.tokens, MLP, device=device, dtype=dtype)
     pairs = [(w, *(flat[:, :k].contiguous() for k in w.shape)) for w in weights]
+    linears = blocks["paper"].linears
+    slow = [(m.weight, dy.float(), z.float()) for m, (_, dy, z) in zip(linears, pairs, strict=True)]
     runs = {
+        "fp32": lambda: [(F.linear(z, w), dy @ w) for w, dy, z in slow],
         "matmul": lambda: [(F.linear(z, w), dy @ w) for w, dy, z in pairs],
         "ours": lambda: step(ours, x, g, dtype),
         "paper": lambda: step(blocks["paper"], x, g, torch.float16 if cuda else torch.float32),
@@ -113,7 +116,7 @@ def main():
     results = zip(runs["ours"](), runs["paper"](), strict=True)  # output and gradients; a warm-up
     error = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in results)
     assert error < 0.05, f"the two blocks differ by {error:.1%}"
-    runs["matmul"]()
+    runs["matmul"](), runs["fp32"]()
     rounds = [{k: measure(run, cuda) for k, run in runs.items()} for _ in range(args.repeat)]
     linear = sum(2 * len(flat) * w.numel() for w in weights) / 1e9
     # Backward costs what forward does for frozen weights, twice that for everything else.
@@ -121,7 +124,7 @@ def main():
     result = vars(args) | {"device": torch.cuda.get_device_name() if cuda else "cpu"}
     for k in runs:
         seconds = statistics.median(r[k][0] for r in rounds)
-        rate = (2 * linear if k == "matmul" else whole) / seconds
+        rate = (whole if k in blocks else 2 * linear) / seconds
         result |= {f"{k}_s": round(seconds, 5), f"{k}_gflops_per_s": round(rate, 1)}
         print(f"{k:6} {seconds:9.4f} s {rate:9.1f} GFLOP/s", end="")
         if cuda and k in blocks:

@@ -218,21 +218,23 @@ def test_robustness_sets(tmp_path):
             target = tmp_path / "c/extra" / corruption / severity
             target.parent.mkdir(parents=True, exist_ok=True)
             (made / f"{corruption}{severity}").rename(target)
-            if wrong:  # the colours say owl, the folders cat
-                for name in ("cat", "owl"):
-                    assert (target / name).is_dir()
     evaluate = ["--eval", ckpt, "--data"]
     result = train_image.main([*evaluate, "imagenet-c", "--root", str(tmp_path / "c")])[0]
     # nine right sets, and one where only the dogs are in their folder
     assert result["metrics"]["top1"] == pytest.approx((9 * 100 + 100 / 3) / 10, abs=0.1)
-    make_folder(tmp_path, "a", ("cat", "owl"), n=3)
-    for data in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
-        result = train_image.main([*evaluate, data, "--root", str(tmp_path / "a")])[0]
-        # folders 0 and 1 look like cat and dog; where owl competes with cat alone, dog is nearer to
-        # one of them than to none, where all compete it is lost
-        assert result["data"] == data and 50 <= result["metrics"]["top1"] <= 100
-        if data == "imagenet-sketch":
-            assert result["metrics"]["top1"] == 50
+    make_folder(tmp_path, "a", ("cat", "owl"), n=3)  # these owls have the colour of dogs
+    result = train_image.main([*evaluate, "imagenet-sketch", "--root", str(tmp_path / "a")])[0]
+    assert result["metrics"]["top1"] == 50  # all three classes compete, and dogs win
+    args = train_image.parse_args([*evaluate, "imagenet-a", "--root", str(tmp_path / "a")])
+    saved = train_image.load(ckpt)
+    model = train_image.build_model(args, saved["kind"], saved["seed"], saved["meta"])
+    images = train_image.load_data(args, saved["meta"])["test"]
+    with torch.no_grad():  # cats and owls alone compete: prefer dogs to all, and owls to cats
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
+    for data, top1 in (("imagenet-a", 50), ("imagenet-r", 50), ("imagenet-sketch", 0)):
+        args.data = data
+        assert train_image.evaluate(model, images, args)["top1"] == top1
     with pytest.raises(UserError, match="no <corruption>"):
         train_image.main([*evaluate, "imagenet-c", "--root", str(tmp_path / "a")])
 
@@ -339,6 +341,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
 @pytest.mark.parametrize("llm", ["stories260K", "babyllama105"])
 def test_real_photos_and_real_llamas(tmp_path, llm):
     data = Path(os.environ["LLMBLOCK_DATA"])
-    argv = ["--data", "folder", "--root", str(data / "images/cifar10"), "--llm"]
-    results = run(tmp_path, *argv, str(data / "lm" / llm), "--block", "shuffled", "pretrained")
-    assert all(r["params_frozen"] > 40_000 and r["metrics"]["top5"] > 40 for r in results)
+    argv = ["--data", "folder", "--root", str(data / "images/cifar10"), "--limit", "1280"]
+    result = run(tmp_path, *argv, "--epochs", "3", "--llm", str(data / "lm" / llm))[0]
+    assert result["params_frozen"] == {"stories260K": 45_440, "babyllama105": 184_576}[llm]
+    assert result["metrics"]["top1"] > 14  # chance: 10 ± 0.8

@@ -29,7 +29,9 @@ def test_command_parses(script, argv, monkeypatch):
 
 
 def test_python_runs(capsys):
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks and len(COMMANDS) > 5
+    for code in blocks:
         scope = {}
         exec(code, scope)
         assert scope["y"].shape == (2, 197, 384)
