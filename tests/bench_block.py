@@ -3,10 +3,10 @@
     python tests/bench_block.py             # LLaMA-7B's layer, 788 tokens, 1 to 2 minutes, 2.8 GB
 
 Prints medians of interleaved rounds: fp32 and matmul (the block's seven matrices alone, forward and
-input gradient, in fp32 and in bf16), ours (LLMBlock, forward and backward), paper (written out: fp32,
-on CUDA fp16 autocast; checked against ours); last RESULT {...}. AMD EPYC with AVX512-BF16, 2 cores,
-torch 2.15: fp32 169, matmul 411, ours 362 (89 %), paper 165 GFLOP/s, ours 2.19 times as fast. Other
-jobs on the machine change these: 71 to 91 %, 1.95 to 2.55 times.
+input gradient, in fp32 and in bf16), ours (LLMBlock, forward and backward), paper (written out:
+fp32, on CUDA fp16 autocast; checked against ours); last RESULT {...}. AMD EPYC with AVX512-BF16,
+2 cores, torch 2.15: fp32 169, matmul 411, ours 362 (89 %), paper 165 GFLOP/s, ours 2.19 times as
+fast. Other jobs on the machine change these: 71 to 91 %, 1.95 to 2.55 times.
 CUDA: not run yet.
 """
 
