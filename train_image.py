@@ -197,13 +197,6 @@ def read_folder(path, S, workers, names=None, transform=None):
     return Images(x[y >= 0], y[y >= 0]), names
 
 
-def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} images are broken and were skipped", file=sys.stderr)
-    if broken > max(1, 0.01 * n):
-        raise UserError(f"{where}: {broken} of {n} images are broken, more than 1%")
-
-
 def load_data(args, meta=None):
     """{"train": Images, "val" and "test": [Images], "meta": rebuilds the model, "sizes": text}."""
     S, root = args.size, Path(args.root)
@@ -373,6 +366,14 @@ def example(args):
     return torch.zeros(1, 3, args.size, args.size)
 
 
+def param_groups(model, args):
+    """Weight decay on matrices only: not on biases, norms, positions and CLS."""
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        groups[p.ndim > 1 and name not in ("cls", "pos")].append(p)
+    return [{"params": ps, "weight_decay": args.weight_decay * on} for on, ps in groups.items()]
+
+
 def compute_loss(model, batch):
     x, targets = batch
     logits = model(x).float()  # (B, C)
@@ -456,14 +457,6 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def param_groups(model, weight_decay):
-    """Weight decay on matrices only: not on biases, norms, positions and CLS."""
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        groups[p.ndim > 1 and name not in ("cls", "pos")].append(p)
-    return [{"params": ps, "weight_decay": weight_decay * on} for on, ps in groups.items()]
-
-
 def lr_at(step, steps, warmup, peak):
     """Linear warm-up, then a cosine from the peak to a hundredth of it."""
     if step < warmup:
@@ -477,6 +470,13 @@ def all_sum(x):
     if WORLD > 1:
         dist.all_reduce(x)
     return x
+
+
+def check_broken(broken, n, where):
+    if broken:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
+    if broken > max(1, 0.01 * n):
+        raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
 
 
 def say(text):
@@ -500,15 +500,19 @@ def save(state, path):
         raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
 
 
-def load(path, model=None):
-    """A checkpoint of this script, also into the model; nothing but tensors and plain values."""
+def read(path):
+    """What torch.save wrote to a file: nothing but tensors and plain values."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        task = state["task"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
-    if task != TASK:
-        raise UserError(f"{path} is a checkpoint of train_{task}.py")
+
+
+def load(path, model=None):
+    """A checkpoint of this script, also into the model."""
+    state = read(path)
+    if not isinstance(state, dict) or state.get("task") != TASK:
+        raise UserError(f"{path} was not written by train_{TASK}.py")
     try:
         if model is not None:
             model.load_state_dict(state["model"])
@@ -531,7 +535,7 @@ def train(args, kind, seed, data):
     if state["result"]:
         return state["result"]
     model, history = build_model(args, kind, seed, data["meta"]).to(args.device), state["history"]
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
         say(f"{out}: going on after epoch {len(history)}")
@@ -554,7 +558,7 @@ def train(args, kind, seed, data):
         for step, batch in enumerate(bar, epoch * per_epoch):
             lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             with autocast(args):
                 loss = compute_loss(ddp, batch)
             optimizer.zero_grad()

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,20 +63,6 @@ def make_folder(root, split, classes=("cat", "dog"), n=20, size=40):
     return root
 
 
-def test_arms_differ_in_the_block_and_in_nothing_else(tmp_path):
-    args = train_image.parse_args([])
-    models = {k: train_image.build_model(args, k, 0, {"classes": list("abc")}) for k in KINDS}
-    host = {k: v for k, v in models["none"].named_parameters()}
-    for model in models.values():
-        parameters = dict(model.named_parameters())
-        assert all(torch.equal(parameters[k], v) for k, v in host.items())
-        if model.llm.kind != "none":
-            assert torch.equal(model.llm.proj_in.weight, models["linear"].llm.proj_in.weight)
-            groups = train_image.param_groups(model, 0.1)
-            trained = {id(p) for group in groups for p in group["params"]}
-            assert trained == {id(p) for p in parameters.values()}
-
-
 def test_every_kind_runs_and_reports(tmp_path, capsys):
     results = run(tmp_path, "--epochs", "1", "--block", *KINDS, "--model", "micro")
     printed = capsys.readouterr().out
@@ -89,15 +74,6 @@ def test_every_kind_runs_and_reports(tmp_path, capsys):
     assert [line.split()[0] for line in lines[-len(KINDS) :]] == list(KINDS)
     row = json.loads((tmp_path / "image-toy-micro/none-s0/metrics.jsonl").read_text())
     assert {"epoch", "loss", "lr", "samples_per_s", "val_top1", "val_top5"} == set(row)
-
-
-def test_checkpoints_hold_no_frozen_weight_and_training_changes_none(tmp_path):
-    run(tmp_path, "--epochs", "1")
-    state = torch.load(tmp_path / "image-toy-micro/pretrained-s0/last.pt", weights_only=True)
-    held = {k for k in state["model"] if k.startswith("llm.")}
-    assert held == {"llm.proj_in.weight", "llm.proj_out.weight", "llm._extra_state"}
-    model = train_image.build_model(train_image.parse_args([]), "pretrained", 0, state["meta"])
-    model.load_state_dict(state["model"])  # verifies the hash of the frozen tensors
 
 
 def test_one_batch_is_learned_by_heart():
@@ -150,39 +126,6 @@ def test_flips_and_shifts_move_pixels_and_make_none():
     y = train_image.flip_and_shift(x, same)
     assert torch.equal(y[0], x[0])
     assert torch.equal(y[1, :, :-2], x[1].flip(-1)[:, 2:]) and (y[1, :, -2:] == 0).all()
-
-
-@pytest.mark.parametrize("recipe", ["light", "deit"])
-def test_killed_and_continued_equals_uninterrupted(tmp_path, recipe):
-    argv = ["--recipe", recipe, "--epochs", "5"]
-    process = start(tmp_path, "--out", str(tmp_path / "a"), *argv)
-    last = tmp_path / "a/image-toy-micro/pretrained-s0/last.pt"
-    while not last.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 1 <= len(torch.load(last, weights_only=True)["history"]) < 5
-    killed, whole = run(tmp_path / "a", *argv), run(tmp_path / "b", *argv)
-    assert killed[0]["metrics"] == whole[0]["metrics"]
-    a, b = (weights(tmp_path / k / "image-toy-micro/pretrained-s0/last.pt") for k in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in b)
-    assert run(tmp_path / "a", *argv) == killed  # done: printed again, nothing trained
-
-
-def test_two_processes_equal_one(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    argv = ["--epochs", "1", "--precision", "fp32"]
-    process = start(tmp_path, *argv, "--out", str(tmp_path / "two"), launcher=launcher)
-    out, text = process.communicate()
-    assert process.returncode == 0, text
-    assert out.count("RESULT ") == 1
-    run(tmp_path / "one", *argv)
-    one, two = (tmp_path / k / "image-toy-micro/pretrained-s0" for k in ("one", "two"))
-    rows = [json.loads((k / "metrics.jsonl").read_text()) for k in (one, two)]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
-    a, b = weights(one / "last.pt"), weights(two / "last.pt")
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 def test_folder_streamed_and_in_memory(tmp_path, monkeypatch):
@@ -296,7 +239,7 @@ def test_truncated_and_foreign_checkpoints(tmp_path):
     with pytest.raises(UserError, match="another block.*another-llm"):
         train_image.main(["--eval", str(tmp_path / "o.pt")])
     torch.save(state | {"task": "video"}, tmp_path / "video.pt")
-    with pytest.raises(UserError, match="train_video.py"):
+    with pytest.raises(UserError, match="not written by train_image.py"):
         train_image.main(["--eval", str(tmp_path / "video.pt")])
     data = (directory / "last.pt").read_bytes()
     (directory / "last.pt").write_bytes(data[: len(data) // 2])
@@ -311,10 +254,10 @@ def test_broken_images(tmp_path, capsys):
     broken = root / "train/cat/0.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     run(tmp_path / "a", *argv)
-    assert "1 of 160 images are broken" in capsys.readouterr().err
+    assert "1 of 160 samples are broken" in capsys.readouterr().err
     for i in range(1, 4):
         (root / f"train/cat/{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="4 of 160 images are broken, more than 1%"):
+    with pytest.raises(UserError, match="4 of 160 samples are broken, more than 1%"):
         run(tmp_path / "b", *argv)
     (root / "train/emu").mkdir()
     with pytest.raises(UserError, match="emu"):
