@@ -249,7 +249,7 @@ class Clips(Dataset):
 def augment(x, args):
     """One crop, and mirroring, of all frames (T, 3, H, W) -> (T, 3, S, S), and RandAugment."""
     deep = args.recipe == "videomae"
-    steps = [v2.RandomResizedCrop(args.size, scale=(0.08, 1.0) if deep else (0.5, 1.0))]
+    steps = [v2.RandomResizedCrop(args.size, scale=(0.08, 1.0) if deep else (0.6, 1.0))]
     steps += [v2.RandomHorizontalFlip()] * (not args.no_flip)
     steps += [v2.RandAugment(4, 21)] * deep  # 21 of torchvision's 30 is timm's m7 of 10
     return v2.Compose(steps)(x)
