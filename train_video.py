@@ -247,12 +247,12 @@ class Clips(Dataset):
 
 
 def augment(x, args):
-    """One crop, and mirroring, of all frames (T, 3, H, W) -> (T, 3, S, S), and RandAugment."""
-    deep = args.recipe == "videomae"
-    steps = [v2.RandomResizedCrop(args.size, scale=(0.08, 1.0) if deep else (0.6, 1.0))]
-    steps += [v2.RandomHorizontalFlip()] * (not args.no_flip)
-    steps += [v2.RandAugment(4, 21)] * deep  # 21 of torchvision's 30 is timm's m7 of 10
-    return v2.Compose(steps)(x)
+    """All frames of a view (T, 3, H, W) in one and the same way -> (T, 3, S, S)."""
+    if args.recipe == "videomae":  # 21 of torchvision's 30 is timm's m7 of 10
+        steps = [v2.RandomResizedCrop(args.size, scale=(0.08, 1.0)), v2.RandAugment(4, 21)]
+    else:
+        steps = [v2.RandomResizedCrop(args.size, scale=(0.8, 1.0)), v2.RandomChannelPermutation()]
+    return v2.Compose(steps + [v2.RandomHorizontalFlip()] * (not args.no_flip))(x)
 
 
 def crops(x, S, n):
