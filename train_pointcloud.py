@@ -50,19 +50,14 @@ TASK, SELECT = "pointcloud", "acc"  # SELECT: the validation metric that chooses
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
 
-# small is Point-BERT (https://arxiv.org/abs/2111.14819); W is the width of its mini-PointNet.
+# small is Point-BERT (https://arxiv.org/abs/2111.14819), W the width of its mini-PointNet; micro is
+# ours, for a laptop.
 MODELS = {
-    "micro": {"D": 64, "depth": 3, "heads": 4, "W": 64, "K": 16, "drop_path": 0.0, "dropout": 0.0},
-    "small": {
-        "D": 384,
-        "depth": 12,
-        "heads": 6,
-        "W": 256,
-        "K": 32,
-        "drop_path": 0.1,
-        "dropout": 0.5,
-    },
-}
+    "micro": {"D": 64, "depth": 3, "heads": 4, "W": 64, "K": 16,
+              "drop_path": 0.0, "dropout": 0.0},
+    "small": {"D": 384, "depth": 12, "heads": 6, "W": 256, "K": 32,
+              "drop_path": 0.1, "dropout": 0.5},
+}  # fmt: skip
 VARIANTS = {  # of ScanObjectNN
     "bg": ("main_split", "objectdataset.h5"),
     "obj": ("main_split_nobg", "objectdataset.h5"),
@@ -259,6 +254,8 @@ def find_clouds(args):
     root, found = Path(args.root), []
     if args.data == "off":
         names = sorted(p.parent.name for p in root.glob("*/train"))
+        if not names:
+            raise ValueError("there is no CLASS/train/*.off")
         for split in ("train", "test"):
             files = sorted(root.glob(f"*/{split}/*.off"))
             found.append((files, [names.index(p.parts[-3]) for p in files]))

@@ -65,6 +65,7 @@ MODELS = {
 }
 VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov")  # read with PyAV
 FRAMES = (".jpg", ".jpeg", ".png")  # of a folder
+BROKEN = (OSError, ValueError, IndexError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 
 
 def parse_args(argv=None):
@@ -233,7 +234,7 @@ class Clips(Dataset):
             torch.default_generator.manual_seed(seed)  # of the CPU alone
             try:
                 x, y = read_clip(clip, self.choose), int(self.y[i])
-            except (OSError, ValueError, IndexError, RuntimeError, SyntaxError) as e:
+            except BROKEN as e:
                 print(f"skipped {clip}: {e}", file=sys.stderr)
                 x, y = torch.zeros(*self.choose(1).shape, 3, S, S, dtype=torch.uint8), -1
             if self.views:
@@ -241,7 +242,7 @@ class Clips(Dataset):
             return torch.stack([augment(view, self.args) for view in x]), y
 
     def batches(self, pairs, size):
-        """Yield x uint8 (size, V, T, 3, S, S) and y (size) for a list of pairs (index, seed)."""
+        """Batches x uint8 (size, V, T, 3, S, S) and y (size) of a list of pairs (index, seed)."""
         workers = 0 if torch.is_tensor(self.clips) else self.args.workers
         return DataLoader(self, size, sampler=pairs, num_workers=workers)
 
@@ -273,6 +274,8 @@ def find_clips(args):
             clips = [p for p in clips if p.is_dir() or p.suffix.lower() in (*VIDEOS, ".gif")]
             found[split] = [(p, p.parent.name) for p in clips]
         names = sorted({name for _, name in found["train"]})
+        if not names:
+            raise ValueError("there is no train/CLASS/clip")
     elif args.data == "ucf101":
         lists = root / "ucfTrainTestlist"
         names = [line.split()[1] for line in (lists / "classInd.txt").open()]
@@ -300,7 +303,7 @@ def find_clips(args):
 
 def load_data(args, meta=None):
     """{"train": Clips, "val" and "test": [Clips], "meta": rebuilds the model, "sizes": text}."""
-    views = tuple(int(n) for n in args.views.split("x"))
+    views = (1, 1) if args.data == "toy" else tuple(int(n) for n in args.views.split("x"))
     if args.data == "toy":
         parts = [draw_toy(500, seed, args.frames, args.size)[:2] for seed in range(14)]
         x, y = (torch.cat(column) for column in zip(*parts, strict=True))
