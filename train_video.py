@@ -85,7 +85,7 @@ def parse_args(argv=None):
     )
     p.add_argument("--layer-decay", type=float, default=1.0, help="paper: small 0.7, base 0.75")
     p.add_argument("--init", metavar="FILE", help="VideoMAE weights, .pth or .safetensors")
-    p.set_defaults(epochs=5, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
+    p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
     args = finish_args(p, argv)
     for name in ("size", "patch", "frames"):
         setattr(args, name, getattr(args, name) or MODELS[args.model][name])
