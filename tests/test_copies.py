@@ -11,7 +11,7 @@ SCRIPTS = {p.name: p.read_text() for p in sorted(Path(__file__).parent.parent.gl
 MARK = "# ---------------------------------------------------------------- the same in every script"
 # What each task writes for itself, under one name.
 OWN = {"parse_args", "load_data", "train_batches", "build_model", "example", "compute_loss"}
-OWN |= {"param_groups", "evaluate"}
+OWN |= {"draw_toy", "init_from", "param_groups", "evaluate"}
 
 
 def differences(scripts):
