@@ -6,8 +6,8 @@ python -m pytest tests/test_pointcloud.py -q    # LLMBLOCK_DATA=DIR adds DIR/poi
 import datetime
 import math
 import os
+import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -561,8 +561,7 @@ def real(layout, tmp_path):
     if layout == "h5":
         pytest.importorskip("h5py")
         return ["--data", "h5", "--root", str(root / "dales5_hdf5")]
-    with tarfile.open(root / "dales5_normal_resampled.tar.gz") as packed:
-        packed.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(root / "dales5_normal_resampled.tar.gz", tmp_path)
     return ["--data", "txt", "--root", str(tmp_path / "dales5_normal_resampled")]
 
 
