@@ -84,7 +84,7 @@ def parse_args(argv=None):
         "--no-flip", action="store_true", help="left and right matter (ssv2, toy: always)"
     )
     p.add_argument("--layer-decay", type=float, default=1.0, help="paper: small 0.7, base 0.75")
-    p.add_argument("--init", metavar="FILE", help="VideoMAE weights, .pth or .safetensors")
+    p.add_argument("--init", metavar="FILE", help="VideoMAE weights; with --recipe videomae")
     p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
     args = finish_args(p, argv)
     for name in ("size", "patch", "frames"):
