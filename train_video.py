@@ -33,7 +33,7 @@ import platform
 import sys
 import time
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -167,15 +167,25 @@ def read_video(path, choose):
     try:
         with av.open(str(path)) as file:
             stream, frames = file.streams.video[0], {}
+            codec, vp8 = stream.codec_context, stream.codec_context.name == "vp8"
             rgb = VideoReformatter()  # one for all frames: making it takes longest
-            packets = [p for p in file.demux(stream) if p.size]  # compressed, one for each frame
-            choice = choose(len(packets))
-            keys = {0, len(packets), *(i for i, p in enumerate(packets) if p.is_keyframe)}
-            for start, stop in pairwise(sorted(keys)):
-                wanted = [i for i in choice.unique().tolist() if start <= i < stop]
+            packets = [p for p in file.demux(stream) if p.size]  # compressed frames
+            # A packet shows nothing if an edit list cuts it off or VP8 hides it (RFC 6386, 9.1).
+            shown = [not (p.is_discard or vp8 and not memoryview(p)[0] & 16) for p in packets]
+            before = list(accumulate(shown, initial=0))  # of each packet: frames shown before it
+            choice, times = choose(before[-1]), [p.pts for p in packets]
+            # Decoding cannot start at a key frame before which a later packet is shown: an open
+            # GOP. The times of reordered frames in .avi are FFmpeg's guesses and do not tell.
+            if None in times or (file.format.name == "avi" and codec.has_b_frames):
+                times = []
+            ranks = enumerate(sorted(times))
+            keys = [i for i, t in ranks if t == times[i] and packets[i].is_keyframe]
+            for start, stop in pairwise(sorted({0, *keys, len(packets)})):
+                first, end = before[start], before[stop]
+                wanted = [i for i in choice.unique().tolist() if first <= i < end]
                 if wanted:
-                    decoded = enumerate(decode(stream.codec_context, packets[start:stop]), start)
-                    for i, frame in islice(decoded, wanted[-1] - start + 1):
+                    decoded = enumerate(decode(codec, packets[start:stop]), first)
+                    for i, frame in islice(decoded, wanted[-1] - first + 1):
                         if i in wanted:
                             frames[i] = rgb.reformat(frame, format="rgb24").to_ndarray()
     except av.FFmpegError as e:
@@ -199,7 +209,7 @@ def read_clip(path, choose):
                 frames[i] = np.array(gif.convert("RGB"))
     else:
         choice, frames = read_video(path, choose)
-    # A packet may hold no frame (VP8 has such): then the nearest frame is taken.
+    # A packet may give no frame: then the nearest that was chosen is taken.
     nearest = [min(frames, key=lambda k: abs(k - i)) for i in choice.flatten().tolist()]
     x = torch.stack([torch.from_numpy(frames[i]) for i in nearest]).permute(0, 3, 1, 2)
     return x.unflatten(0, choice.shape)

@@ -52,7 +52,7 @@ def write(path, text):
     path.write_text(str(text))
 
 
-def write_clip(path, frames):
+def write_clip(path, frames, codec=None, options=None):
     """Frames uint8 (n, H, W, 3) as a .gif, a folder or, with a key frame in ten, a video."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(frame) for frame in frames]
@@ -65,7 +65,8 @@ def write_clip(path, frames):
     else:
         av, codecs = pytest.importorskip("av"), {".mp4": "h264", ".avi": "mpeg4", ".webm": "vp8"}
         with av.open(str(path), "w") as file:
-            stream = file.add_stream(codecs[path.suffix], 10, options={"sc_threshold": "0"})
+            options = {"sc_threshold": "0"} | (options or {})
+            stream = file.add_stream(codec or codecs[path.suffix], 10, options=options)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", 10, 2_000_000
             for frame in [*map(av.VideoFrame.from_ndarray, frames), None]:
@@ -166,6 +167,53 @@ def test_of_a_long_video_only_what_holds_chosen_frames_is_decoded(tmp_path, path
     for choice in (torch.tensor([[3, 4, 21], [3, 29, 31]]), tv.view_frames(len(full), 25, 2)):
         assert np.array_equal(tv.read_clip(made, {len(full): choice}.get), full[choice])
     assert path or calls == [10, 10, 10] + 5 * [10]
+
+
+def copy_packets(path, source, change):
+    """Write the packets of a video, of which change(k, packet) gives the bytes, to another."""
+    av = pytest.importorskip("av")
+    with av.open(str(source)) as old, av.open(str(path), "w") as file:
+        stream = file.add_stream_from_template(old.streams.video[0])
+        for k, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            copy = av.Packet(change(k, packet))
+            for name in ("pts", "dts", "time_base", "is_keyframe"):
+                setattr(copy, name, getattr(packet, name))
+            copy.stream = stream
+            file.mux(copy)
+    return path
+
+
+def hide(k, packet):  # as VP8's alternative reference frames are: decoded and never shown
+    data = bytearray(bytes(packet))
+    data[0] &= 255 - 16 * (k in (4, 17, 18))
+    return bytes(data)
+
+
+def cut(k, packet):  # as by ffmpeg -ss 0.35 -c copy: the first frames are there, yet not shown
+    shift = int(0.35 / packet.time_base)
+    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+    return bytes(packet)
+
+
+OPEN = {"x264-params": "open-gop=1"}, {"x265-params": "keyint=10:open-gop=1:log-level=none"}
+
+
+@pytest.mark.parametrize("name, codec, options, change", [
+    ("a.mp4", "mpeg4", {"bf": "2"}, None), ("a.avi", "mpeg4", {"bf": "2"}, None),
+    ("a.mkv", "mpeg2video", {"bf": "2"}, None), ("a.mp4", "libx264", OPEN[0], None),
+    ("a.avi", "libx264", OPEN[0], None), ("a.mp4", "libx265", OPEN[1], None),
+    ("a.webm", "vp8", {}, hide), ("a.mp4", "libx264", {}, cut),
+])  # fmt: skip
+def test_each_frame_equals_that_of_the_whole_file(tmp_path, name, codec, options, change):
+    frames = np.stack([np.roll(NOISE[0].repeat(4, 0).repeat(4, 1), k, 1) for k in range(30)])
+    path = write_clip(tmp_path / name, frames, codec, options)  # moving, so B frames differ
+    if change:
+        path = copy_packets(tmp_path / f"changed{path.suffix}", path, change)
+    with pytest.importorskip("av").open(str(path)) as file:
+        full = np.stack([f.to_rgb().to_ndarray().transpose(2, 0, 1) for f in file.decode(video=0)])
+    assert len(full) == {hide: 27, cut: 26}.get(change, 30)
+    for choice in (torch.arange(len(full))[None], *torch.arange(len(full))[:, None, None]):
+        assert np.array_equal(tv.read_clip(path, {len(full): choice}.get), full[choice.numpy()])
 
 
 def test_pyav_is_asked_for_by_videos_alone(tmp_path, monkeypatch):
