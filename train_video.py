@@ -30,6 +30,7 @@ import math
 import os
 import pickle
 import platform
+import struct
 import sys
 import time
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ MODELS = {
 VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov")  # read with PyAV
 FRAMES = (".jpg", ".jpeg", ".png")  # of a folder
 BROKEN = (OSError, ValueError, IndexError, RuntimeError, SyntaxError, Image.DecompressionBombError)
+BROKEN += (struct.error,)  # Pillow's, of a .gif cut in the middle
 
 
 def parse_args(argv=None):
@@ -167,10 +169,12 @@ def read_video(path, choose):
     try:
         with av.open(str(path)) as file:
             stream, frames = file.streams.video[0], {}
-            codec, vp8 = stream.codec_context, stream.codec_context.name == "vp8"
+            if not (codec := stream.codec_context):
+                raise ValueError("its codec is unknown")
             rgb = VideoReformatter()  # one for all frames: making it takes longest
             packets = [p for p in file.demux(stream) if p.size]  # compressed frames
             # A packet shows nothing if an edit list cuts it off or VP8 hides it (RFC 6386, 9.1).
+            vp8 = codec.name == "vp8"
             shown = [not (p.is_discard or vp8 and not memoryview(p)[0] & 16) for p in packets]
             before = list(accumulate(shown, initial=0))  # of each packet: frames shown before it
             choice, times = choose(before[-1]), [p.pts for p in packets]

@@ -234,12 +234,18 @@ def test_broken_clips_are_skipped_and_many_are_an_error(tmp_path, capsys):
     broken[1].write_text("no picture")
     broken[2].write_bytes(good.read_bytes()[:-999])
     if tv.find_spec("av"):
-        broken.append(write_clip(tmp_path / "cut.mp4", NOISE))
+        broken += [write_clip(tmp_path / name, NOISE[:9]) for name in ("cut.mp4", "codec.webm")]
         broken[3].write_bytes(broken[3].read_bytes()[:9999])
+        broken[4].write_bytes(broken[4].read_bytes().replace(b"V_VP8", b"V_XXX"))
     for path in broken:
         x, y = tv.Clips([path], [1], args)[0, 0]
         assert y == -1 and x.shape == (1, 4, 3, 16, 16) and not x.any()
         assert capsys.readouterr().err.startswith(f"skipped {path}: ")
+    for n in range(0, len(data := good.read_bytes()), 8):  # wherever it is cut, nothing is raised
+        (tmp_path / "short.gif").write_bytes(data[:n])
+        y = tv.Clips([tmp_path / "short.gif"], [1], args)[0, 0][1]
+        assert y == -1 or n > len(data) // 2
+    capsys.readouterr()
     batches = batches_of(tv.Clips([*broken[:2], *[good] * 198], [1] * 200, args))
     assert "this epoch: 2 of 200 samples are broken and were skipped" in capsys.readouterr().err
     x, targets = next(batch for batch in batches if batch[1].sum() < 100)
