@@ -6,7 +6,7 @@
     python train_video.py --data list --root DIR            # DIR/{train,val}.csv of "path label"
     torchrun --nproc-per-node=4 train_video.py ...          # several GPUs, the same batches
 
-A clip is a .gif, a folder of frames, or, with PyAV (pip install av), .mp4, .webm, .avi, .mkv, .mov.
+A clip is a .gif, a folder of frames, or with PyAV (pip install av) .mp4 .m4v .webm .avi .mkv .mov.
 
 The paper's Something-Something run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not
 run here). Its released code uses layer 15 of LLaMA-7B, not the last; its text says nothing of it:
@@ -64,7 +64,7 @@ MODELS = {
     "small": {"D": 384, "depth": 12, "heads": 6, "patch": 16, "size": 224, "frames": 16},
     "base": {"D": 768, "depth": 12, "heads": 12, "patch": 16, "size": 224, "frames": 16},
 }
-VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov")  # read with PyAV
+VIDEOS = (".mp4", ".m4v", ".webm", ".avi", ".mkv", ".mov")  # read with PyAV
 FRAMES = (".jpg", ".jpeg", ".png")  # of a folder
 BROKEN = (OSError, ValueError, IndexError, RuntimeError, SyntaxError, Image.DecompressionBombError)
 BROKEN += (struct.error,)  # Pillow's, of a .gif cut in the middle
@@ -350,6 +350,9 @@ def existing(pairs, names, root):
     """Lists of paths and of labels, for (path, class name); a few missing clips are reported."""
     there = [(path, names.index(name)) for path, name in pairs if path.exists()]
     check_broken(len(pairs) - len(there), len(pairs), root)
+    for path, _ in there:
+        if path.suffix.lower() not in (*VIDEOS, ".gif") and not path.is_dir():
+            raise UserError(f"{path} is no clip: neither {', '.join(VIDEOS)}, .gif nor a folder")
     if any(path.suffix.lower() in VIDEOS for path, _ in there) and not find_spec("av"):
         raise UserError(f"reading {', '.join(VIDEOS)} needs PyAV: pip install av")
     return [path for path, _ in there], [label for _, label in there]

@@ -221,10 +221,15 @@ def test_pyav_is_asked_for_by_videos_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     write_tree(tmp_path / "b", "folder .gif")
     assert load("folder .gif", tmp_path / "b")["train"][0, 0][1] >= 0
-    write_tree(tmp_path / "c", "folder .mp4", write)
-    with pytest.raises(UserError, match="pip install av"):
-        tv.main([*SMALL, "--data", "folder", "--root", f"{tmp_path}/c", "--out", f"{tmp_path}/out"])
-    assert not (tmp_path / "out").exists()
+    for tree, path, found in [("folder .mp4", TREES["folder .mp4"], "pip install av"),
+                              ("list", "a/{k}.m4v", "pip install av"),
+                              ("list", "a/{k}.txt", "a/.*.txt is no clip")]:  # fmt: skip
+        monkeypatch.setitem(TREES, tree, path)
+        write_tree(root := tmp_path / path[-3:], tree, write)
+        argv = "--data", tree.split()[0], "--root", root, "--out", tmp_path / "out"
+        with pytest.raises(UserError, match=found):
+            tv.main([*SMALL, *map(str, argv)])
+        assert not (tmp_path / "out").exists()
 
 
 def test_broken_clips_are_skipped_and_many_are_an_error(tmp_path, capsys):
