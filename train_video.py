@@ -326,8 +326,9 @@ def load_data(args, meta=None):
         try:
             names, found = find_clips(args)
             found = [existing(pairs, names, args.root) for pairs in found]
-        except (ValueError, KeyError, IndexError, TypeError) as e:
-            raise UserError(f"{args.root} is not laid out like {args.data}: {e!r}") from e
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+            found = f"{type(e).__name__}: {e}"  # repr shows the whole of a list not in UTF-8
+            raise UserError(f"{args.root} is not laid out like {args.data}: {found}") from e
     order, test_order = (  # lists come class by class: --limit must not take the first classes
         torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
         for _, y in found

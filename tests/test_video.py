@@ -49,7 +49,7 @@ def batches_of(clips):
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(text))
+    path.write_text(str(text), encoding="latin-1")
 
 
 def write_clip(path, frames, codec=None, options=None):
@@ -268,14 +268,18 @@ def test_broken_clips_are_skipped_and_many_are_an_error(tmp_path, capsys):
     ("ucf101", "ucfTrainTestlist/trainlist02.txt", ""), ("ssv2", "labels/labels.json", "{"),
     ("ssv2", "labels/labels.json", '{"9": "0"}'), ("ssv2", "labels/train.json", '[{"id": "1"}]'),
     ("list", "train.csv", "a.gif 2\nb.gif 9\nc.gif 10\n"),  # all are missing
+    ("list", "train.csv", "é 0\n" * 999),  # not UTF-8
+    ("ssv2", "labels/train.json", '[{"id": "1", "template": null}]'),
 ])  # fmt: skip
 def test_a_wrong_directory_and_malformed_lists_are_one_line(tmp_path, tree, file, text):
     with pytest.raises((UserError, OSError), match=f"^[^\n]*{tmp_path}[^\n]*$"):
         load(tree, tmp_path)  # the script shows both as one line
     write_tree(tmp_path, tree, write)
     write(tmp_path / file, text)
-    with pytest.raises(UserError, match="is not laid out like |3 of 3 samples are broken"):
+    found = "is not laid out like |3 of 3 samples are broken"
+    with pytest.raises(UserError, match=found) as caught:
         load(tree, tmp_path)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 150  # and not all of the list
 
 
 def test_a_single_frame_of_the_toy_tells_nothing(tmp_path):
