@@ -30,6 +30,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import struct
 import sys
 import time
@@ -197,10 +198,15 @@ def read_video(path, choose):
     return choice, frames
 
 
+def natural(path):
+    """The key that sorts frame_2 before frame_10: numbers in a name count as numbers."""
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)], path.name
+
+
 def read_clip(path, choose):
     """The frames of a clip that choose(n) picks, (V, T) out of n: uint8 (V, T, 3, H, W)."""
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in FRAMES)
+        files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAMES), key=natural)
         choice = choose(len(files))
         frames = {
             i: np.array(Image.open(files[i]).convert("RGB")) for i in choice.unique().tolist()

@@ -169,6 +169,14 @@ def test_of_a_long_video_only_what_holds_chosen_frames_is_decoded(tmp_path, path
     assert path or calls == [10, 10, 10] + 5 * [10]
 
 
+@pytest.mark.parametrize("name", ["{}.png", "img_{}.jpg", "x1_{}b.PNG", "{:02}.jpeg"])
+def test_frames_of_a_folder_follow_their_numbers(tmp_path, name):
+    for i in torch.randperm(120).tolist():
+        Image.new("L", (9, 9), 2 * i).save(tmp_path / name.format(i))
+    shown = tv.read_clip(tmp_path, {120: torch.arange(120)[None]}.get)[0, :, 0, 0, 0]
+    assert shown.tolist() == list(range(0, 240, 2))
+
+
 def copy_packets(path, source, change):
     """Write the packets of a video, of which change(k, packet) gives the bytes, to another."""
     av = pytest.importorskip("av")
