@@ -480,7 +480,8 @@ UNUSED += ("videomae.layernorm.",)  # norms of every token: ours is behind the m
 def init_from(path, model):
     """Fill the host from VideoMAE weights, pre-trained or fine-tuned, all but its head."""
     try:
-        state = load_file(path) if path.endswith(".safetensors") else read(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's files have `args`
+            state = load_file(path) if path.endswith(".safetensors") else read(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"--init {path} is no .safetensors file: {e}") from e
     if not isinstance(state, dict):
