@@ -484,21 +484,24 @@ def init_from(path, model):
             state = load_file(path) if path.endswith(".safetensors") else read(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"--init {path} is no .safetensors file: {e}") from e
+    if isinstance(state, dict):  # .pth: pre-trained, fine-tuned
+        state = state.get("model", state.get("module", state))
     if not isinstance(state, dict):
         raise UserError(f"--init {path} holds no weights")
-    state = state.get("model", state.get("module", state))  # .pth: pre-trained, fine-tuned
     tensors = {"norm.weight": model.norm.weight, "norm.bias": model.norm.bias}  # if it has none
     for name, x in state.items():
-        if not name.startswith(UNUSED):
+        if not (name := str(name)).startswith(UNUSED):
             for old, new in RENAME.items():
                 name = name.replace(old, new)
             tensors[name] = x
+    D = len(model.norm.weight)
     for a in [f"blocks.{i}.attn." for i in range(len(model.blocks))]:
         if a + "q_bias" in tensors:  # that of the keys would change no softmax: there is none
-            tensors[a + "k_bias"] = torch.zeros_like(tensors[a + "q_bias"])
-        for end in ("_bias", "_weight"):
-            if all(a + part + end in tensors for part in "qkv"):
-                qkv = torch.cat([tensors.pop(a + part + end) for part in "qkv"])
+            tensors[a + "k_bias"] = torch.zeros(D)
+        for end, shape in (("_bias", (D,)), ("_weight", (D, D))):
+            names = [a + part + end for part in "qkv"]
+            if all(getattr(tensors.get(name), "shape", None) == shape for name in names):
+                qkv = torch.cat([tensors.pop(name) for name in names])
                 tensors[a.replace("attn.", "qkv.") + end[1:]] = qkv
     fit(tensors, model, path)
 

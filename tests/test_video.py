@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
@@ -412,6 +412,19 @@ def test_weights_that_do_not_fit_are_named_and_no_code_is_run(tmp_path):
             tv.build_model(arguments("--init", tmp_path / file), "none", 0, META)
         assert file != "a.pth" or caught.match("blocks.1.qkv.weight, embed.weight, x$")
     assert not (tmp_path / "made").exists()
+    publish(tmp_path)
+    good, a = load_file(tmp_path / "old.safetensors"), "encoder.layer.0.attention.attention."
+    good, one = {k.replace("videomae.", ""): x for k, x in good.items()}, torch.zeros(1)
+    low, high, narrow = torch.zeros(16, 32), torch.zeros(48, 32), torch.zeros(32, 16)
+    for state, found in [
+        ({"model": [1]}, "holds no weights"), ({0: one}, " in 0, blocks"),
+        ({"model": {0: one}}, " in 0, blocks"), (good | {a + "q_bias": 1}, "blocks.0.qkv.bias"),
+        (good | {a + "key.weight": narrow}, "blocks.0.attn.k_weight"),
+        (good | {a + "query.weight": low, a + "value.weight": high}, "blocks.0.attn.q_weight"),
+    ]:  # fmt: skip
+        torch.save(state, tmp_path / "e.pth")
+        with pytest.raises(UserError, match=found):
+            tv.build_model(arguments("--init", tmp_path / "e.pth"), "none", 0, META)
 
 
 @pytest.mark.skipif("LLMBLOCK_DATA" not in os.environ, reason="LLMBLOCK_DATA is not set")
