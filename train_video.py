@@ -83,9 +83,7 @@ def parse_args(argv=None):
     p.add_argument("--frames", type=int, help="of a clip (default: the model's)")
     p.add_argument("--views", default="2x3", help="tested views of a clip: temporal x spatial")
     p.add_argument("--recipe", choices=("light", "videomae"), default="light", help="augmentation")
-    p.add_argument(
-        "--no-flip", action="store_true", help="left and right matter (ssv2, toy: always)"
-    )
+    p.add_argument("--no-flip", action="store_true", help="left is not right (ssv2, toy: always)")
     p.add_argument("--layer-decay", type=float, default=1.0, help="paper: small 0.7, base 0.75")
     p.add_argument("--init", metavar="FILE", help="VideoMAE weights; with --recipe videomae")
     p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
@@ -165,15 +163,14 @@ def read_video(path, choose):
     is decoded only if it holds a chosen frame, and no further than the last of them.
     """
     import av
-    from av.video.reformatter import VideoReformatter
 
     try:
         with av.open(str(path)) as file:
-            stream, frames = file.streams.video[0], {}
-            if not (codec := stream.codec_context):
+            codec, frames = file.streams.video[0].codec_context, {}
+            if codec is None:
                 raise ValueError("its codec is unknown")
-            rgb = VideoReformatter()  # one for all frames: making it takes longest
-            packets = [p for p in file.demux(stream) if p.size]  # compressed frames
+            rgb = av.video.reformatter.VideoReformatter()  # one for all: making it takes longest
+            packets = [p for p in file.demux(video=0) if p.size]  # compressed frames
             # A packet shows nothing if an edit list cuts it off or VP8 hides it (RFC 6386, 9.1).
             vp8 = codec.name == "vp8"
             shown = [not (p.is_discard or vp8 and not memoryview(p)[0] & 16) for p in packets]
@@ -186,9 +183,8 @@ def read_video(path, choose):
             ranks = enumerate(sorted(times))
             keys = [i for i, t in ranks if t == times[i] and packets[i].is_keyframe]
             for start, stop in pairwise(sorted({0, *keys, len(packets)})):
-                first, end = before[start], before[stop]
-                wanted = [i for i in choice.unique().tolist() if first <= i < end]
-                if wanted:
+                first = before[start]
+                if wanted := [i for i in choice.unique().tolist() if first <= i < before[stop]]:
                     decoded = enumerate(decode(codec, packets[start:stop]), first)
                     for i, frame in islice(decoded, wanted[-1] - first + 1):
                         if i in wanted:
@@ -285,14 +281,17 @@ def crops(x, S, n):
     return torch.cat([x.narrow(side, start, S) for start in starts])
 
 
+def is_clip(path):
+    return path.suffix.lower() in (*VIDEOS, ".gif") or path.is_dir()
+
+
 def find_clips(args):
     """Class names, and of train and test the list of pairs (path, class name)."""
     root, found = Path(args.root), {}
     if args.data == "folder":
         for split in ("train", "val"):
-            clips = sorted((root / split).glob("*/*"))
-            clips = [p for p in clips if p.is_dir() or p.suffix.lower() in (*VIDEOS, ".gif")]
-            found[split] = [(p, p.parent.name) for p in clips]
+            clips = [p for p in (root / split).glob("*/*") if is_clip(p)]
+            found[split] = [(p, p.parent.name) for p in sorted(clips)]
         names = sorted({name for _, name in found["train"]})
         if not names:
             raise ValueError("there is no train/CLASS/clip")
@@ -357,9 +356,8 @@ def existing(pairs, names, root):
     """Lists of paths and of labels, for (path, class name); a few missing clips are reported."""
     there = [(path, names.index(name)) for path, name in pairs if path.exists()]
     check_broken(len(pairs) - len(there), len(pairs), root)
-    for path, _ in there:
-        if path.suffix.lower() not in (*VIDEOS, ".gif") and not path.is_dir():
-            raise UserError(f"{path} is no clip: neither {', '.join(VIDEOS)}, .gif nor a folder")
+    if wrong := [path for path, _ in there if not is_clip(path)]:
+        raise UserError(f"{wrong[0]} is no clip: neither {', '.join(VIDEOS)}, .gif nor a folder")
     if any(path.suffix.lower() in VIDEOS for path, _ in there) and not find_spec("av"):
         raise UserError(f"reading {', '.join(VIDEOS)} needs PyAV: pip install av")
     return [path for path, _ in there], [label for _, label in there]
@@ -569,9 +567,8 @@ def evaluate(model, sets, args):
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), (y >= 0).sum()])
     counts = all_sum(counts)
     check_broken(len(clips) - int(counts[2]), len(clips), "evaluation")
-    return {
-        k: round(100 * (counts[i] / counts[2]).item(), 3) for i, k in enumerate(("top1", "top5"))
-    }
+    top1, top5 = (counts[:2] / counts[2]).tolist()
+    return {"top1": round(100 * top1, 3), "top5": round(100 * top5, 3)}
 
 
 # ---------------------------------------------------------------- the same in every script
