@@ -33,6 +33,7 @@ import pickle
 import platform
 import sys
 import time
+from operator import gt
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, count_gflops
 
-TASK, SELECT = "image", "top1"  # SELECT: the validation metric that chooses best.pt
+TASK, SELECT, BETTER = "image", "top1", gt  # best.pt is best in this metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
 
@@ -500,10 +501,10 @@ def save(state, path):
         raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
 
 
-def read(path):
+def read(path, mmap=False):
     """What torch.save wrote to a file: nothing but tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
 
@@ -580,7 +581,7 @@ def train(args, kind, seed, data):
         if RANK == 0:
             # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(val[SELECT] > row[f"val_{SELECT}"] for row in history[:-1]):
+            if all(BETTER(val[SELECT], row[f"val_{SELECT}"]) for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
             save(state, out / "last.pt")

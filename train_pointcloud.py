@@ -31,6 +31,7 @@ import platform
 import sys
 import time
 import zlib
+from operator import gt
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, count_gflops
 
-TASK, SELECT = "pointcloud", "acc"  # SELECT: the validation metric that chooses best.pt
+TASK, SELECT, BETTER = "pointcloud", "acc", gt  # best.pt is best in this metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
 
@@ -622,10 +623,10 @@ def save(state, path):
         raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
 
 
-def read(path):
+def read(path, mmap=False):
     """What torch.save wrote to a file: nothing but tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
 
@@ -702,7 +703,7 @@ def train(args, kind, seed, data):
         if RANK == 0:
             # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(val[SELECT] > row[f"val_{SELECT}"] for row in history[:-1]):
+            if all(BETTER(val[SELECT], row[f"val_{SELECT}"]) for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
             save(state, out / "last.pt")

@@ -54,7 +54,7 @@ def tensors(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_arms_differ_in_the_block_and_in_nothing_else(name):
     script = import_module(f"train_{name}")
-    args, meta = script.parse_args([]), {"classes": list("abc")}
+    args, meta = script.parse_args([]), {"classes": list("abc"), "line": [[0.0] * 19] * 30}
     models = {kind: script.build_model(args, kind, 0, meta) for kind in KINDS}
     host = dict(models["none"].named_parameters())
     for model in models.values():
