@@ -269,7 +269,7 @@ def make_scene(tracks, types, lanes, lane_types, H, heading=None):
     return points, types, future.astype(np.float32)
 
 
-class Reader(Dataset):
+class SceneReader(Dataset):
     """Reads scenes from pairs (path, maps); a broken one comes as None."""
 
     def __init__(self, files, steps):
@@ -366,7 +366,7 @@ def load_scenes(files, args, name):
     key = hashlib.sha256(key).hexdigest()[:16]
     path = Path(args.out) / "cache" / f"{TASK}-{args.data}-{key}.pt"
     if not path.exists():
-        loader = DataLoader(Reader(files, STEPS[args.data]), None, num_workers=args.workers)
+        loader = DataLoader(SceneReader(files, STEPS[args.data]), None, num_workers=args.workers)
         bar = tqdm(loader, f"reading {name}", disable=RANK > 0 or None)
         scenes = [x and [part.clone() for part in x] for x in bar]  # the workers' memory is scarce
         good = [x for x in scenes if x]

@@ -261,7 +261,7 @@ def write_map(path, lanes, kinds=LANES):
 
 
 def read(path, maps=(), steps=(20, 30)):
-    return tm.Reader([(path, maps)], steps)[0]
+    return tm.SceneReader([(path, maps)], steps)[0]
 
 
 def test_a_csv_and_its_map_give_the_scene(tmp_path):
