@@ -461,7 +461,7 @@ class PolylineNet(nn.Module):
     """A token for each polyline: three subgraph layers (VectorNet, section 3.2).
 
     NOTE(paper): the token also takes the vectors as they are. Max pooling alone learns speeds and
-    distances slowly: 2.3 m of minADE1 instead of 1.3 m after 8 epochs of a toy.
+    distances slowly: after 8 epochs of a toy, minADE1 was 2.3 m without and 1.9 m with them.
     """
 
     def __init__(self, V, W, D):
@@ -580,6 +580,7 @@ def displacement(modes, future):
 
 
 def named(sums, n, k):
+    """The mean of n scenes' errors, summed (3), under the names of the metrics for k modes."""
     names = (f"minADE{k}", f"minFDE{k}", f"MR{k}")
     means = (sums / n * torch.tensor([1, 1, 100])).tolist()  # metres, metres, percent
     return {name: round(x, 3) for name, x in zip(names, means, strict=True)}
