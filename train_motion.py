@@ -85,7 +85,7 @@ def parse_args(argv=None):
     p.add_argument("--map", metavar="PATH", help="of argoverse1: .xml or .json, or a directory")
     p.add_argument("--hide", nargs="+", choices=NEAR, default=[], help="from the model: a control")
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: small")
-    p.set_defaults(epochs=8, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=1)
+    p.set_defaults(epochs=6, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=1)
     args = finish_args(p, argv)
     if args.map and args.data != "argoverse1":
         raise UserError(f"--map is for argoverse1: {args.data} brings its own lanes")
