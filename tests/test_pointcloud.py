@@ -364,7 +364,7 @@ def normalise_half(rank, path):
 
 def test_batchnorm_in_two_processes_equals_one_over_the_whole_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(pc, "WORLD", 2)  # set back behind the test
-    other = mp.spawn(normalise_half, (tmp_path,), nprocs=1, join=False)
+    other = mp.start_processes(normalise_half, (tmp_path,), 1, False, start_method="forkserver")
     normalise_half(1, tmp_path)
     other.join()
     halves = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
