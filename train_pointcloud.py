@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, count_gflops
 
-TASK, SELECT, BETTER = "pointcloud", "acc", gt  # best.pt is best in this metric on validation
+TASK, BETTER = "pointcloud", gt  # best.pt is best in the first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
 
@@ -335,14 +335,17 @@ def train_batches(data, args, gen):
 @torch.no_grad()
 def group(x, G, K):
     """x (B, P, 3) -> G mutually far centres (B, G, 3), and around each the nearest K points, as
-    seen from it (B, G, K, 3).
+    seen from it (B, G, K, 3). What points have besides their place stays as it is.
     """
     cloud = torch.arange(len(x), device=x.device)[:, None]
-    centres = x[cloud, farthest_points(x, G)]
+    places = x[..., :3]
+    centres = places[cloud, farthest_points(places, G)]
     exact = "donot_use_mm_for_euclid_dist"  # the fast way loses the digits of small distances
-    distance = torch.cdist(centres, x, compute_mode=exact)  # (B, G, P)
+    distance = torch.cdist(centres, places, compute_mode=exact)  # (B, G, P)
     nearest = distance.topk(K, largest=False, sorted=False).indices  # (B, G, K)
-    return centres, x[cloud[..., None], nearest] - centres[:, :, None]
+    groups = x[cloud[..., None], nearest]
+    groups[..., :3] -= centres[:, :, None]
+    return centres, groups
 
 
 class Sum(torch.autograd.Function):
@@ -376,14 +379,14 @@ class BatchNorm(nn.BatchNorm1d):
 class MiniPointNet(nn.Module):
     """A token for each group of points, whatever their order."""
 
-    def __init__(self, W):
+    def __init__(self, W, channels=3):
         super().__init__()
-        first, norm = nn.Linear(3, W // 2), BatchNorm(W // 2)
+        first, norm = nn.Linear(channels, W // 2), BatchNorm(W // 2)
         self.local = nn.Sequential(first, norm, nn.ReLU(), nn.Linear(W // 2, W))
         first, norm = nn.Linear(2 * W, 2 * W), BatchNorm(2 * W)
         self.joint = nn.Sequential(first, norm, nn.ReLU(), nn.Linear(2 * W, W))
 
-    def forward(self, x):  # (B, G, K, 3)
+    def forward(self, x):  # (B, G, K, channels)
         x = self.local(x)  # (B, G, K, W)
         whole = x.amax(2, keepdim=True).expand_as(x)
         return self.joint(torch.cat([whole, x], dim=-1)).amax(2)  # (B, G, W)
@@ -494,7 +497,7 @@ def build_model(args, kind, seed, meta):
 
 def example(args):
     """One input of the model, to count its GFLOPs."""
-    return torch.zeros(1, args.points, 3)
+    return (torch.zeros(1, args.points, 3),)
 
 
 def param_groups(model, args):
@@ -698,12 +701,13 @@ def train(args, kind, seed, data):
         state["seconds"] += time.perf_counter() - start
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
         history.append(row | {f"val_{k}": v for k, v in val.items()})
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{SELECT} {val[SELECT]:.2f} "
+        name, best = next(iter(val.items()))  # selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
             f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
         if RANK == 0:
             # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(val[SELECT], row[f"val_{SELECT}"]) for row in history[:-1]):
+            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
             save(state, out / "last.pt")
@@ -720,6 +724,7 @@ def report(args, model, state, data):
     """Test, and return the contents of the RESULT line."""
     metrics, record = evaluate(model, data["test"], args), model.llm.record
     speeds = [row["samples_per_s"] for row in state["history"]]
+    inputs = [x.to(args.device) for x in example(args)]
     peak, chip = None, f"{platform.machine()}, {os.cpu_count()} cores"
     if args.device == "cuda":
         peak, chip = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -732,7 +737,7 @@ def report(args, model, state, data):
         "llm": record.get("llm"), "layers": record.get("layers"), "seed": state["seed"],
         "metrics": metrics, "params_trainable": sum(p.numel() for p in model.parameters()),
         "params_frozen": sum(b.numel() for b in model.llm.layers.buffers()),
-        "gflops_per_sample": round(count_gflops(model, example(args).to(args.device)), 4),
+        "gflops_per_sample": round(count_gflops(model, *inputs), 4),
         "samples_per_s": round(sum(speeds) / len(speeds), 1),
         "peak_mem_mb": peak and round(peak / 2**20), "seconds": round(state["seconds"], 1),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),

@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, count_gflops
 
-TASK, SELECT, BETTER = "video", "top1", gt  # best.pt is best in this metric on validation
+TASK, BETTER = "video", gt  # best.pt is best in the first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
 FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
 
@@ -530,7 +530,7 @@ def build_model(args, kind, seed, meta):
 
 def example(args):
     """One input of the model, to count its GFLOPs."""
-    return torch.zeros(1, args.frames, 3, args.size, args.size)
+    return (torch.zeros(1, args.frames, 3, args.size, args.size),)
 
 
 def param_groups(model, args):
@@ -742,12 +742,13 @@ def train(args, kind, seed, data):
         state["seconds"] += time.perf_counter() - start
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
         history.append(row | {f"val_{k}": v for k, v in val.items()})
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{SELECT} {val[SELECT]:.2f} "
+        name, best = next(iter(val.items()))  # selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
             f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
         if RANK == 0:
             # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(val[SELECT], row[f"val_{SELECT}"]) for row in history[:-1]):
+            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
             save(state, out / "last.pt")
@@ -764,6 +765,7 @@ def report(args, model, state, data):
     """Test, and return the contents of the RESULT line."""
     metrics, record = evaluate(model, data["test"], args), model.llm.record
     speeds = [row["samples_per_s"] for row in state["history"]]
+    inputs = [x.to(args.device) for x in example(args)]
     peak, chip = None, f"{platform.machine()}, {os.cpu_count()} cores"
     if args.device == "cuda":
         peak, chip = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -776,7 +778,7 @@ def report(args, model, state, data):
         "llm": record.get("llm"), "layers": record.get("layers"), "seed": state["seed"],
         "metrics": metrics, "params_trainable": sum(p.numel() for p in model.parameters()),
         "params_frozen": sum(b.numel() for b in model.llm.layers.buffers()),
-        "gflops_per_sample": round(count_gflops(model, example(args).to(args.device)), 4),
+        "gflops_per_sample": round(count_gflops(model, *inputs), 4),
         "samples_per_s": round(sum(speeds) / len(speeds), 1),
         "peak_mem_mb": peak and round(peak / 2**20), "seconds": round(state["seconds"], 1),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),

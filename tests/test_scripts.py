@@ -51,7 +51,7 @@ def run_path(*args):
 
 
 def folder(name, out):
-    return out / f"{name}-toy-micro/pretrained-s0"
+    return out / f"{name}-{'toy2d' if name == 'vqa' else 'toy'}-micro/pretrained-s0"
 
 
 def read(name, out):
@@ -66,6 +66,7 @@ def tensors(name, out):
 def test_arms_differ_in_the_block_and_in_nothing_else(name):
     script = import_module(f"train_{name}")
     args, meta = script.parse_args([]), {"classes": list("abc"), "line": [[0.0] * 19] * 30}
+    meta |= {"words": ["is", "red"], "answers": ["yes", "no"]}
     models = {kind: script.build_model(args, kind, 0, meta) for kind in KINDS}
     host = dict(models["none"].named_parameters())
     for model in models.values():
