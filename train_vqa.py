@@ -78,7 +78,7 @@ MODELS = {
 }  # fmt: skip
 DATA_2D, DATA_3D = ("toy2d", "easyvqa", "vqav2"), ("toy3d", "scanqa", "sqa3d")
 K = 32  # points in a group
-BROKEN = (OSError, ValueError, LookupError, TypeError, SyntaxError, EOFError)
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, EOFError)
 BROKEN += (zipfile.BadZipFile, Image.DecompressionBombError)
 
 
@@ -252,51 +252,34 @@ def read_questions(data, files, split):
     if data == "easyvqa":
         for text, answer, i in read_json(files, f"{split}/questions.json"):
             image = f"{split}/images/{i}.png"
-            rows.append((image, text, {answer: 1.0}, answer_type(answer), [answer]))
-    elif data == "vqav2":
-        asked = read_json(files, f"v2_OpenEnded_mscoco_{split}_questions.json")["questions"]
-        told = read_json(files, f"v2_mscoco_{split}_annotations.json")["annotations"]
-        told = {a["question_id"]: a for a in told}
-        for q in asked:
-            a = told[q["question_id"]]
-            name, scores = (
-                f"COCO_{split}_{q['image_id']:012}.jpg",
-                [x["answer"] for x in a["answers"]],
-            )
-            usual = normalise_answer(a["multiple_choice_answer"])
-            rows.append((name, q["question"], soft_scores(scores), a["answer_type"], [usual]))
-    elif data == "sqa3d":
-        asked = read_json(files, f"v1_balanced_questions_{split}_scannetv2.json")["questions"]
-        told = read_json(files, f"v1_balanced_sqa_annotations_{split}_scannetv2.json")
-        told = {a["question_id"]: a["answers"] for a in told["annotations"]}
-        for q in asked:
-            text, answers = f"{q['situation']} {q['question']}", told[q["question_id"]]
-            answers = [normalise_answer(a["answer"]) for a in answers]
-            rows.append(
-                (
-                    q["scene_id"],
-                    text,
-                    dict.fromkeys(answers, 1.0),
-                    first_word(q["question"]),
-                    answers,
-                )
-            )
-    else:
+            rows.append(surely(image, text, [answer], answer_type(answer)))
+    elif data == "scanqa":
         for q in read_json(files, f"ScanQA_v1.0_{split}.json"):
-            answers = [
-                normalise_answer(a) for a in q.get("answers", [])
-            ]  # those of tests are secret
-            answers = list(dict.fromkeys(answers))
-            rows.append(
-                (
-                    q["scene_id"],
-                    q["question"],
-                    dict.fromkeys(answers, 1.0),
-                    first_word(q["question"]),
-                    answers,
-                )
-            )
+            answers = q.get("answers", [])  # those of its tests are secret
+            rows.append(surely(q["scene_id"], q["question"], answers, first_word(q["question"])))
+    else:
+        theirs = {"vqav2": ("v2_OpenEnded_mscoco_{}_questions", "v2_mscoco_{}_annotations"),
+                  "sqa3d": ("v1_balanced_questions_{}_scannetv2",
+                            "v1_balanced_sqa_annotations_{}_scannetv2")}  # fmt: skip
+        asked, told = (read_json(files, f"{name.format(split)}.json") for name in theirs[data])
+        told = {a["question_id"]: a for a in told["annotations"]}
+        for q in asked["questions"]:
+            text, a = q["question"], told[q["question_id"]]
+            answers = [x["answer"] for x in a["answers"]]
+            if data == "vqav2":
+                image, usual = f"COCO_{split}_{q['image_id']:012}.jpg", a["multiple_choice_answer"]
+                usual = [normalise_answer(usual)]
+                rows.append((image, text, soft_scores(answers), a["answer_type"], usual))
+            else:
+                situated = f"{q['situation']} {text}"
+                rows.append(surely(q["scene_id"], situated, answers, first_word(text)))
     return rows
+
+
+def surely(name, text, answers, kind):
+    """A question where every answer is right."""
+    answers = list(dict.fromkeys(map(normalise_answer, answers)))
+    return name, text, dict.fromkeys(answers, 1.0), kind, answers
 
 
 TYPES_3D = ("What", "Is", "How", "Can", "Which")
@@ -361,11 +344,11 @@ def read_points(path, shape):
         if "red" in ply:
             columns += [ply["red"], ply["green"], ply["blue"]]
         points, instance = np.stack(columns, axis=1), ply.get("instance", 0)
+    elif path.suffix == ".npy":
+        table = np.load(path)
+        points, instance = table[:, :6], table[:, 6] if table.shape[1] == 7 else 0
     else:
-        file = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            points, instance = file[:, :6], file[:, 6] if file.shape[1] == 7 else 0
-        else:
+        with np.load(path) as file:
             points, instance = file["points"], file.get("instance", 0)
             if "colors" in file:
                 points = np.concatenate([points[:, :3], file["colors"]], axis=1)
@@ -373,7 +356,7 @@ def read_points(path, shape):
     x[:, : points.shape[1]], x[:, 6] = points, instance
     if not len(x) or points.shape[1] not in (3, 6) or not np.isfinite(x).all():
         raise ValueError(f"points {points.shape} with a place, or place and colour, are needed")
-    chosen = np.random.default_rng(zlib.crc32(path.name.encode())).permutation(len(x))
+    chosen = np.random.default_rng(zlib.crc32(path.stem.encode())).permutation(len(x))
     x = torch.from_numpy(x[np.resize(chosen, shape[0])])  # with repetitions where there are fewer
     x[:, :3] = to_unit_sphere(x[:, :3])
     x[:, 3:6] /= 255 if x[:, 3:6].max() > 1 else 1
@@ -462,7 +445,7 @@ class Questions:
         self.visuals, self.which, self.ids = visuals, torch.tensor(which), ids
         self.C, self.types = len(answers), types
         self.kinds = torch.tensor([types.index(kind) for _, _, _, kind, _ in rows])
-        width, number = max(len(scores) for _, _, scores, _, _ in rows), {}
+        width = max(len(scores) for _, _, scores, _, _ in rows)
         number = {answer: i for i, answer in enumerate(answers)}
         pairs = [[(number.get(a, 0), s * (a in number)) for a, s in row[2].items()] for row in rows]
         pairs = torch.tensor([p + [(0, 0.0)] * (width - len(p)) for p in pairs])  # (n, A, 2)
@@ -490,13 +473,14 @@ def find_questions(args):
     for p in paths:  # ScanNet's scene0000_00_vh_clean_2.ply, ScanQA's scene0000_00_aligned_vert.npy
         if p.suffix in (".npz", ".npy", ".ply"):
             files.setdefault(re.sub("(_vh_clean_2|_aligned_vert)$", "", p.stem), p)
-    theirs = {"train": "train", "test": "val"}
-    if args.data == "vqav2":
-        theirs = {"train": "train2014", "test": "val2014"}
-    elif args.data == "easyvqa":
-        theirs = {"train": "train", "test": "test"}
-    elif "v1_balanced_questions_test_scannetv2.json" in files and args.data == "sqa3d":
-        theirs = {"train": "train", "val": "val", "test": "test"}
+    theirs = {
+        "easyvqa": {"train": "train", "test": "test"},
+        "vqav2": {"train": "train2014", "test": "val2014"},
+        "scanqa": {"train": "train", "test": "val"},
+        "sqa3d": {"train": "train", "val": "val", "test": "test"},
+    }[args.data]
+    if args.data == "sqa3d" and "v1_balanced_questions_test_scannetv2.json" not in files:
+        theirs = {"train": "train", "test": "val"}
     try:
         splits = {ours: read_questions(args.data, files, name) for ours, name in theirs.items()}
     except BROKEN as e:
@@ -505,82 +489,82 @@ def find_questions(args):
 
 
 def find_toy(args):
-    """The same of a toy, and its images or scenes."""
+    """The same of a toy, and all its images or scenes (n, ...)."""
     toy, size = (draw_toy, args.size) if args.data == "toy2d" else (draw_toy3d, args.points)
     drawn, rows = [toy(1000, seed, size) for seed in range(8)], []
     for seed, (_, questions) in enumerate(drawn):
         for i, text, answer in questions:
-            kind = (
-                first_word(text.rpartition(". ")[2]) if toy is draw_toy3d else answer_type(answer)
-            )
-            rows.append((1000 * seed + i, text, {answer: 1.0}, kind, [answer]))
+            question = text.rpartition(". ")[2]  # behind a situation
+            kind = answer_type(answer) if toy is draw_toy else first_word(question)
+            rows.append(surely(1000 * seed + i, text, [answer], kind))
     return {"train": rows[:-4000], "test": rows[-4000:]}, torch.cat([x for x, _ in drawn])
 
 
-def load_data(args, meta=None):
-    """{"train": Questions, "val" and "test": [Questions], "meta": ..., "sizes": text}."""
-    toy, seeded = args.data in ("toy2d", "toy3d"), torch.Generator().manual_seed(0)
-    splits, source = find_toy(args) if toy else find_questions(args)
-    if "val" not in splits:  # a tenth of the images or scenes, with all their questions
-        names = list(dict.fromkeys(row[0] for row in splits["train"]))
-        held = torch.randperm(len(names), generator=seeded)[: len(names) // 10]
-        held = {names[i] for i in held}
-        splits["val"] = [row for row in splits["train"] if row[0] in held]
-        splits["train"] = [row for row in splits["train"] if row[0] not in held]
-    for name, rows in splits.items():
-        order = torch.randperm(len(rows), generator=seeded)[: args.limit]
-        splits[name] = [rows[i] for i in order]
-    names = sorted({row[0] for rows in splits.values() for row in rows})
-    if toy:
-        visuals, good = source[names], [True] * len(names)
-    else:
-        lost = [name for name in names if name not in source]
-        if len(lost) > 1 + len(names) // 100:
-            text = f"{args.root}: {len(lost)} of {len(names)} images or scenes are not there"
+def hold_out(rows):
+    """Rows of nine tenths of the images or scenes, and those of the others."""
+    names = list(dict.fromkeys(row[0] for row in rows))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+    held = {names[i] for i in order[: len(names) // 10]}
+    return [r for r in rows if r[0] not in held], [r for r in rows if r[0] in held]
+
+
+def load_visuals(names, files, args):
+    """Images or scenes (n, ...) of these names, and which of them are good (n)."""
+    if lost := [name for name in names if name not in files]:
+        text = f"{args.root}: {len(lost)} of {len(names)} images or scenes are missing"
+        if len(lost) > max(1, 0.01 * len(names)):
             raise UserError(f"{text}, such as {lost[0]}")
-        paths = [source.get(name, Path(args.root) / name) for name in names]
-        if args.data in DATA_3D:
-            visuals, good = decode_once(paths, read_points, (args.points, 7), torch.float32, args)
-        else:
-            shape = (3, args.size, args.size)
-            visuals, good = decode_once(paths, read_image, shape, torch.uint8, args)
-    number = {name: i for i, name in enumerate(names) if good[i]}
-    meta = meta or find_vocabulary(splits["train"], args)
-    answers, types = set(meta["answers"]), sorted({r[3] for rows in splits.values() for r in rows})
-    data, sizes, cut = {"meta": meta}, [], 0
-    for name in ("train", "val", "test"):
-        rows = [row for row in splits[name] if row[0] in number]
-        known = [row for row in rows if not answers.isdisjoint(row[2])]
-        text = f"{len(known)} of {len(rows)} {name}"
-        rows = known if name == "train" else rows  # as METER: nothing is to be learned of others
-        if len(rows) < WORLD:
-            raise UserError(f"{args.root}: {len(rows)} {name} questions are too few")
-        ids, longer = tokenise([row[1] for row in rows], meta["words"], longest(args), args)
-        which, cut, sizes = [number[row[0]] for row in rows], cut + longer, [*sizes, text]
-        data[name] = Questions(rows, visuals, which, ids, meta["answers"], types)
-    sizes = f"{', '.join(sizes)} questions have one of the {len(answers)} answers; "
-    sizes += f"{len(meta['words'])} words; {len(number)} images or scenes; {cut} texts are cut"
-    if args.data in DATA_3D and not args.blind:
-        sizes += "" if visuals[..., 3:6].any() else "; without colours"
-        most, G = int(visuals[..., 6].max()), groups(args)
-        if args.objects and not 0 < most < G:
-            raise UserError(
-                f"--objects: {args.root} has {most} in a scene, 1 to {G - 1} are needed"
-            )
-    return {**data, "val": [data["val"]], "test": [data["test"]], "sizes": sizes}
+    paths = [files.get(name, Path(args.root) / name) for name in names]
+    if args.data in DATA_3D:
+        return decode_once(paths, read_points, (args.points, 7), torch.float32, args)
+    return decode_once(paths, read_image, (3, args.size, args.size), torch.uint8, args)
 
 
 def find_vocabulary(rows, args):
     """What the model can read and say. Words seen once stay unknown, to learn what unknown is."""
     words = Counter(word for row in rows for word in split_words(row[1]))
+    words = [] if args.text else sorted(word for word, n in words.items() if n > 1)
     counts = Counter(answer for row in rows for answer in row[4])
-    answers = [
-        a for a, n in sorted(counts.items(), key=lambda x: (-x[1], x[0])) if n >= args.min_count
-    ]
+    answers = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    answers = [answer for answer in answers if counts[answer] >= args.min_count]
     if not answers:
         raise UserError(f"{args.root}: no answer is given {args.min_count} times (--min-count)")
-    words = [] if args.text else sorted(word for word, n in words.items() if n > 1)
     return {"words": words, "answers": answers}
+
+
+def load_data(args, meta=None):
+    """{"train": Questions, "val" and "test": [Questions], "meta": ..., "sizes": text}."""
+    toy = args.data in ("toy2d", "toy3d")
+    splits, source = find_toy(args) if toy else find_questions(args)
+    if "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"])
+    for name, rows in splits.items():
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        splits[name] = [rows[i] for i in order[: args.limit]]
+    names = sorted({row[0] for rows in splits.values() for row in rows})
+    visuals, good = (source, names) if toy else load_visuals(names, source, args)
+    number = {name: name if toy else i for i, name in enumerate(names) if toy or good[i]}
+    meta = meta or find_vocabulary(splits["train"], args)
+    types = sorted({row[3] for rows in splits.values() for row in rows})
+    data, sizes, cut = {"meta": meta}, [], 0
+    for name in ("train", "val", "test"):
+        rows = [row for row in splits[name] if row[0] in number]
+        known = [row for row in rows if not row[2].keys().isdisjoint(meta["answers"])]
+        sizes.append(f"{len(known)} of {len(rows)} {name}")
+        rows = known if name == "train" else rows  # as METER: nothing is to be learned of others
+        if len(rows) < WORLD:
+            raise UserError(f"{args.root}: {len(rows)} {name} questions are too few")
+        ids, longer = tokenise([row[1] for row in rows], meta["words"], longest(args), args)
+        cut, which = cut + longer, [number[row[0]] for row in rows]
+        data[name] = Questions(rows, visuals, which, ids, meta["answers"], types)
+    sizes = f"{', '.join(sizes)} questions have one of the {len(meta['answers'])} answers; "
+    sizes += f"{len(meta['words'])} words; {len(number)} images or scenes; {cut} texts are cut"
+    if args.data in DATA_3D and not visuals[..., 3:6].any():
+        sizes += "; without colours"
+    if args.objects and not 0 < (most := int(visuals[..., 6].max())) < groups(args):
+        few = f"1 to {groups(args) - 1} are needed (--points gives a token for 16 points)"
+        raise UserError(f"--objects: {args.root} has {most} objects in a scene, {few}")
+    return {**data, "val": [data["val"]], "test": [data["test"]], "sizes": sizes}
 
 
 def train_batches(data, args, gen):
@@ -589,14 +573,11 @@ def train_batches(data, args, gen):
     B = min(args.batch_size, len(questions) // WORLD * WORLD)
     order = torch.randperm(len(questions), generator=gen)
     for batch in order[: len(questions) // B * B].split(B):
-        turn = math.radians(5) * (2 * torch.rand(B, generator=gen)[RANK::WORLD] - 1)
+        angle = math.radians(5) * (2 * torch.rand(B, 1, generator=gen)[RANK::WORLD] - 1)
         x, ids, targets = questions.batch(batch[RANK::WORLD], args)  # the processes share a batch
         if args.data in DATA_3D:  # turned by up to 5 degrees, as in SQA3D: north stays north
-            cos, sin = turn.cos()[:, None], turn.sin()[:, None]
-            x[..., 0], x[..., 1] = (
-                cos * x[..., 0] - sin * x[..., 1],
-                sin * x[..., 0] + cos * x[..., 1],
-            )
+            east, north, cos, sin = x[..., 0], x[..., 1], angle.cos(), angle.sin()
+            x[..., 0], x[..., 1] = cos * east - sin * north, sin * east + cos * north
         yield x.to(args.device), ids.to(args.device), targets.to(args.device)
 
 
