@@ -621,20 +621,21 @@ def group(x, G, K):
 
 @torch.no_grad()
 def group_objects(x, G, K):
-    """The same of the objects by which x (B, P, 7) is numbered in the end: K points of each, around
-    its centre; and which of the G groups are objects (B, G).
+    """The same of the objects that x (B, P, 7) is numbered by: K points of each, around its centre;
+    and which of the G groups are objects (B, G). The others repeat these, for BatchNorm's sake.
     """
     cloud = torch.arange(len(x), device=x.device)[:, None]
     number, order = x[..., 6].sort(dim=1, stable=True)
-    edges = torch.arange(G + 1.0, device=x.device).expand(len(x), -1).contiguous()
-    edges = torch.searchsorted(number.contiguous(), edges)  # (B, G + 1)
-    count = edges.diff(dim=1)  # (B, G)
+    every = torch.arange(G, device=x.device)
+    wanted = every % (number[:, -1:] + 1)  # (B, G)
+    start = torch.searchsorted(number, wanted)
+    count = torch.searchsorted(number, wanted, right=True) - start
     steps = torch.arange(K, device=x.device) * count[..., None] // K
-    picked = (edges[:, :-1, None] + steps).clamp(max=x.shape[1] - 1)  # (B, G, K)
+    picked = (start[..., None] + steps).clamp(max=x.shape[1] - 1)  # (B, G, K)
     groups = x[cloud[..., None], order[cloud[..., None], picked]]
     centres = groups[..., :3].mean(2)
     groups[..., :3] -= centres[:, :, None]
-    return centres, groups, count > 0
+    return centres, groups, (count > 0) & (every <= number[:, -1:])
 
 
 class Sum(torch.autograd.Function):
@@ -707,11 +708,8 @@ class Layer(nn.Module):
         self.own = Attention(D, heads)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         if cross:
-            self.norm3, self.norm4, self.cross = (
-                nn.LayerNorm(D),
-                nn.LayerNorm(D),
-                Attention(D, heads),
-            )
+            self.norm3, self.norm4 = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.cross = Attention(D, heads)
 
     def forward(self, x, mask, y=None, y_mask=None):
         own = self.norm1(x)
@@ -831,10 +829,8 @@ class VQA(nn.Module):
     def __init__(self, vision, text, D, fusion, heads, dropout, C, llm):
         super().__init__()
         self.vision, self.text = vision, text
-        self.seeing, self.reading = (
-            nn.ModuleList([Layer(D, heads, dropout, cross=True) for _ in range(fusion)])
-            for _ in "vt"
-        )
+        layers = [Layer(D, heads, dropout, cross=True) for _ in range(2 * fusion)]
+        self.seeing, self.reading = nn.ModuleList(layers[::2]), nn.ModuleList(layers[1::2])
         self.norm, self.text_norm = nn.LayerNorm(D), nn.LayerNorm(D)
         self.pool, self.text_pool = nn.Linear(D, D), nn.Linear(D, D)
         self.head = nn.Sequential(
@@ -927,11 +923,11 @@ def evaluate(model, sets, args):
         rows = torch.stack([torch.ones(len(x)), score[:, 0], score.amax(1)], dim=1)
         sums.index_add_(0, questions.kinds[batch], rows)
     sums = all_sum(sums.to(args.device)).cpu()
-    name = "em1" if args.data in DATA_3D else "acc"
-    means = [(name, sums.sum(0)[1], sums.sum(0)[0]), ("em10", sums.sum(0)[2], sums.sum(0)[0])]
-    means = means[: 1 + (name == "em1")]
-    means += [(f"{name}_{t}", x[1], x[0]) for t, x in zip(questions.types, sums, strict=True)]
-    return {name: round(100 * (x / n).item(), 3) for name, x, n in means if n}
+    n, first, ten = sums.sum(0)
+    means = {"em1": first / n, "em10": ten / n} if args.data in DATA_3D else {"acc": first / n}
+    name, rows = next(iter(means)), zip(questions.types, sums, strict=True)
+    means |= {f"{name}_{kind}": first / n for kind, (n, first, _) in rows if n}
+    return {name: round(100 * mean.item(), 3) for name, mean in means.items()}
 
 
 # ---------------------------------------------------------------- the same in every script
