@@ -79,7 +79,7 @@ MODELS = {
 DATA_2D, DATA_3D = ("toy2d", "easyvqa", "vqav2"), ("toy3d", "scanqa", "sqa3d")
 K = 32  # points in a group
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, EOFError)
-BROKEN += (zipfile.BadZipFile, Image.DecompressionBombError)
+BROKEN += (zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 
 def parse_args(argv=None):
@@ -222,7 +222,7 @@ def normalise_answer(text):
     """As VQA's evaluation compares answers (https://visualqa.org/evaluation.html): in lower case,
     without articles and punctuation, numbers as digits. Contractions lose their apostrophe.
     """
-    text = re.sub(r"(?<=\d),(?=\d)|(?<!\d)\.|\.(?!\d)|['’]", "", text.lower())
+    text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)|['’]", "", text.lower())
     words = re.sub(r"[;/\[\]\"{}()=+\\_><@`,?!-]", " ", text).split()
     return " ".join(NUMBERS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
@@ -273,11 +273,15 @@ def read_questions(data, files, split):
             else:
                 situated = f"{q['situation']} {text}"
                 rows.append(surely(q["scene_id"], situated, answers, first_word(text)))
+    if not rows or not all(isinstance(x, str) for row in rows for x in (*row[:2], *row[4])):
+        raise ValueError(f"{split} has no questions, or other things than texts in them")
     return rows
 
 
 def surely(name, text, answers, kind):
     """A question where every answer is right."""
+    if not isinstance(answers, list):
+        raise ValueError(f"answers are no list: {answers!r}")
     answers = list(dict.fromkeys(map(normalise_answer, answers)))
     return name, text, dict.fromkeys(answers, 1.0), kind, answers
 
@@ -287,8 +291,8 @@ TYPES_3D = ("What", "Is", "How", "Can", "Which")
 
 def first_word(question):
     """SQA3D's types of questions."""
-    word = question.strip().partition(" ")[0].capitalize()
-    return word if word in TYPES_3D else "Others"
+    question = question.strip().capitalize()
+    return next((word for word in TYPES_3D if question.startswith(word)), "Others")  # also What's
 
 
 def answer_type(answer):
@@ -322,7 +326,7 @@ def read_ply(path):
         raise ValueError("it is no .ply file that begins with vertices")
     n, last = int(head[elements[0]][2]), [*elements, len(head)][1]
     fields = [words[1:] for words in head[elements[0] : last] if words[:1] == ["property"]]
-    form = next(words[1] for words in head if words[:1] == ["format"])
+    form = next((words[1] for words in head if words[:1] == ["format"]), None)
     if form == "ascii":
         values = np.array(body.split()[: n * len(fields)], dtype=float).reshape(n, len(fields))
         return {name: values[:, i] for i, (_, name) in enumerate(fields)}
@@ -425,7 +429,6 @@ def tokenise(texts, words, longest, args):
     """
     if args.text:
         lists = encoder(args.text, transformers.AutoTokenizer)(texts)["input_ids"]
-        lists = [[*ids[: longest - 1], ids[-1]] if len(ids) > longest else ids for ids in lists]
     else:
         number = {word: i for i, word in enumerate(words, 2)}
         lists = [[0, *(number.get(word, 1) for word in split_words(text))] for text in texts]
@@ -433,6 +436,8 @@ def tokenise(texts, words, longest, args):
     ids = np.full((len(lists), min(longest, lengths.max())), -1, dtype=np.int32)
     for row, tokens in zip(ids, lists, strict=True):
         row[: len(tokens)] = tokens[:longest]
+        if args.text and len(tokens) > longest:
+            row[-1] = tokens[-1]  # which closes a text
     return torch.from_numpy(ids), int((lengths > longest).sum())
 
 
@@ -445,7 +450,7 @@ class Questions:
         self.visuals, self.which, self.ids = visuals, torch.tensor(which), ids
         self.C, self.types = len(answers), types
         self.kinds = torch.tensor([types.index(kind) for _, _, _, kind, _ in rows])
-        width = max(len(scores) for _, _, scores, _, _ in rows)
+        width = max(1, *(len(row[2]) for row in rows))
         number = {answer: i for i, answer in enumerate(answers)}
         pairs = [[(number.get(a, 0), s * (a in number)) for a, s in row[2].items()] for row in rows]
         pairs = torch.tensor([p + [(0, 0.0)] * (width - len(p)) for p in pairs])  # (n, A, 2)
