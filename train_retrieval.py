@@ -103,8 +103,8 @@ def parse_args(argv=None):
 
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
-           "yellow": (230, 210, 40), "white": (245, 245, 245),
-           "purple": (170, 40, 200)}  # fmt: skip
+           "yellow": (230, 210, 40), "white": (245, 245, 245), "purple": (170, 40, 200),
+           "orange": (240, 130, 20), "cyan": (40, 200, 210)}  # fmt: skip
 SHAPES = ("disc", "square", "triangle", "cross")
 
 
@@ -117,7 +117,7 @@ def draw_toy(n, seed, S):
     x = 40 + 60 * torch.rand(n, 3, 1, 1, generator=g).expand(n, 3, S, S)
     cell = torch.rand(n, 9, generator=g).argsort(1)[:, :3]  # of 3 x 3, a different one for each
     shape = torch.rand(n, 4, generator=g).argsort(1)  # no two objects have the same
-    colour = torch.rand(n, 6, generator=g).argsort(1)
+    colour = torch.rand(n, 8, generator=g).argsort(1)
     number, quarter = torch.randint(2, 4, (n,), generator=g), n // 4
     for values in (cell, shape, colour, number):
         values[quarter : 2 * quarter] = values[:quarter]
@@ -154,17 +154,17 @@ def tell_toy(objects, rng):
     return text
 
 
-def find_toy(args):
+def read_toy(args):
     """{split: [(number of an image, its captions)]} and all images (n, 3, S, S) of the toy."""
     splits, images = {}, []
-    for seed, (split, n) in enumerate((("train", 2000), ("val", 50), ("test", 100))):
+    for seed, (split, n) in enumerate((("train", 2000), ("val", 40), ("test", 100))):
         x, captions = draw_toy(n, seed, args.size)
         splits[split] = list(enumerate(captions, sum(map(len, images))))
         images.append(x)
     return splits, torch.cat(images)
 
 
-def find_karpathy(args):
+def read_karpathy(args):
     """{split: [(name of an image, its captions)]} and {name: path} of all files below --root."""
     files, splits = {p.name: p for p in sorted(Path(args.root).rglob("*")) if p.is_file()}, {}
     lists = [name for name in files if name.endswith(".json")]
@@ -309,7 +309,7 @@ def read_images(names, files, args):
 
 def load_data(args, meta=None):
     """{"train": Gallery, "val" and "test": [Gallery], "meta": ..., "sizes": text}."""
-    splits, source = find_toy(args) if args.data == "toy" else find_karpathy(args)
+    splits, source = read_toy(args) if args.data == "toy" else read_karpathy(args)
     if not splits.get("val"):
         rows, held = splits["train"], len(splits["train"]) // 10
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

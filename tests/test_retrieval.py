@@ -374,7 +374,7 @@ def mistakes():
 
     def splits(*names):
         return lambda root: write_json(
-            root, [(f"test{i}.png", s, ["a"]) for i, s in enumerate(names)]
+            root, [(f"{s}{i % 2}.png", s, ["a"]) for i, s in enumerate(names)]
         )
 
     good = {"filename": "test0.png", "split": "test", "sentences": [{"raw": "a"}]}
