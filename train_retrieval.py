@@ -72,8 +72,8 @@ MODELS = {
              "patch": 16},
 }  # fmt: skip
 LONGEST = 40  # tokens of a caption, METER's
-VALIDATE = 100  # images: all pairs of 1,000 would take longer than the epoch that they judge
-PAIRS = 256  # scored at a time: 50,000 visual tokens of base fill a GPU, in less than 2 GB
+VALIDATE = 100  # images: all pairs of Flickr30k's 1,000 would take about as long as an epoch
+PAIRS = 256  # scored at a time: 50,000 visual tokens of base, enough work for a GPU
 BROKEN = (OSError, ValueError, LookupError, TypeError, SyntaxError, EOFError)
 BROKEN += (zipfile.BadZipFile, Image.DecompressionBombError)
 
@@ -250,7 +250,6 @@ def tokenise(texts, words, longest, args):
     """
     if args.text:
         lists = encoder(args.text, transformers.AutoTokenizer)(texts)["input_ids"]
-        lists = [[*ids[: longest - 1], ids[-1]] if len(ids) > longest else ids for ids in lists]
     else:
         number = {word: i for i, word in enumerate(words, 2)}
         lists = [[0, *(number.get(word, 1) for word in split_words(text))] for text in texts]
@@ -258,6 +257,8 @@ def tokenise(texts, words, longest, args):
     ids = np.full((len(lists), min(longest, lengths.max())), -1, dtype=np.int32)
     for row, tokens in zip(ids, lists, strict=True):
         row[: len(tokens)] = tokens[:longest]
+        if args.text and len(tokens) > longest:
+            row[-1] = tokens[-1]  # which closes a text
     return torch.from_numpy(ids), int((lengths > longest).sum())
 
 
@@ -399,11 +400,8 @@ class Layer(nn.Module):
         self.own = Attention(D, heads)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         if cross:
-            self.norm3, self.norm4, self.cross = (
-                nn.LayerNorm(D),
-                nn.LayerNorm(D),
-                Attention(D, heads),
-            )
+            self.norm3, self.norm4 = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.cross = Attention(D, heads)
 
     def forward(self, x, mask, y=None, y_mask=None):
         own = self.norm1(x)
