@@ -35,14 +35,19 @@ for name in NAMES:  # the same toy data again and again: drawn once
     script.draw_toy = functools.cache(script.draw_toy)
 
 
+def flags(name, out, *argv):
+    few = ["--limit", "24", "--batch-size", "16"] * (name == "retrieval")  # it scores all pairs
+    return [*SMALL, *few, "--out", str(out), *argv]
+
+
 def run(name, out, *argv):
-    return import_module(f"train_{name}").main([*SMALL, "--out", str(out), *argv])
+    return import_module(f"train_{name}").main(flags(name, out, *argv))
 
 
 def as_a_user(monkeypatch, name, out, *argv):
     """What runpy.run_path needs to run the script as a user does, in a process of its own."""
     path = str(ROOT / f"train_{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, *SMALL, "--out", str(out), *argv])  # also over there
+    monkeypatch.setattr(sys, "argv", [path, *flags(name, out, *argv)])  # also over there
     return path, None, "__main__"
 
 
