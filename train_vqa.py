@@ -94,7 +94,7 @@ def parse_args(argv=None):
     p.add_argument("--text", metavar="NAME", help="a pre-trained one: roberta-base")
     p.add_argument("--blind", action="store_true", help="hide the image or scene: a control")
     p.add_argument("--min-count", type=int, help="of answers to be learned (vqav2: 9, others: 1)")
-    p.set_defaults(epochs=3, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
+    p.set_defaults(epochs=2, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
     args = finish_args(p, argv)
     args.min_count = args.min_count or (9 if args.data == "vqav2" else 1)
     args.size = args.size or MODELS[args.model]["S"]
@@ -495,8 +495,10 @@ def find_questions(args):
 
 def find_toy(args):
     """The same of a toy, and all its images or scenes (n, ...)."""
-    toy, size = (draw_toy, args.size) if args.data == "toy2d" else (draw_toy3d, args.points)
-    drawn, rows = [toy(1000, seed, size) for seed in range(8)], []
+    toy, size, n = draw_toy, args.size, 8  # thousand
+    if args.data == "toy3d":
+        toy, size, n = draw_toy3d, args.points, 5  # which take as long
+    drawn, rows = [toy(1000, seed, size) for seed in range(n)], []
     for seed, (_, questions) in enumerate(drawn):
         for i, text, answer in questions:
             question = text.rpartition(". ")[2]  # behind a situation
