@@ -88,7 +88,7 @@ def parse_args(argv=None):
     p.add_argument("--vision", metavar="NAME", help="a pre-trained one: openai/clip-vit-...")
     p.add_argument("--text", metavar="NAME", help="a pre-trained one: roberta-base")
     p.add_argument("--false", type=int, help="captions to rank a true one with (toy: 3, paper: 15)")
-    p.set_defaults(epochs=3, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
+    p.set_defaults(epochs=4, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
     args = finish_args(p, argv)
     args.size = args.size or MODELS[args.model]["S"]
     if args.size < 1 or (args.size % MODELS[args.model]["patch"] and not args.vision):
@@ -188,7 +188,7 @@ def read_karpathy(args):
 
 
 def read_image(path, shape):
-    """uint8 (3, S, S), squeezed into the square: no question loses what it asks about."""
+    """uint8 (3, S, S), squeezed into the square: no text loses what it speaks of."""
     with Image.open(path) as file:
         image = file.convert("RGB").resize(shape[1:], Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(image)

@@ -301,7 +301,7 @@ def answer_type(answer):
 
 
 def read_image(path, shape):
-    """uint8 (3, S, S), squeezed into the square: no question loses what it asks about."""
+    """uint8 (3, S, S), squeezed into the square: no text loses what it speaks of."""
     with Image.open(path) as file:
         image = file.convert("RGB").resize(shape[1:], Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(image)
@@ -497,7 +497,7 @@ def find_toy(args):
     """The same of a toy, and all its images or scenes (n, ...)."""
     toy, size, n = draw_toy, args.size, 8  # thousand
     if args.data == "toy3d":
-        toy, size, n = draw_toy3d, args.points, 5  # which take as long
+        toy, size, n = draw_toy3d, args.points, 4  # which take as long
     drawn, rows = [toy(1000, seed, size) for seed in range(n)], []
     for seed, (_, questions) in enumerate(drawn):
         for i, text, answer in questions:
