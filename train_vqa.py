@@ -497,7 +497,7 @@ def find_toy(args):
     """The same of a toy, and all its images or scenes (n, ...)."""
     toy, size, n = draw_toy, args.size, 8  # thousand
     if args.data == "toy3d":
-        toy, size, n = draw_toy3d, args.points, 4  # which take as long
+        toy, size, n = draw_toy3d, args.points, 5
     drawn, rows = [toy(1000, seed, size) for seed in range(n)], []
     for seed, (_, questions) in enumerate(drawn):
         for i, text, answer in questions:
