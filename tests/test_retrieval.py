@@ -6,6 +6,7 @@ python -m pytest tests/test_retrieval.py -q     # LLMBLOCK_DATA=DIR adds DIR/ret
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -303,7 +304,7 @@ def test_toy_captions_are_true_and_need_binding():
         objects = []  # (colour, shape) of an image and of its twin
         for text in (captions[i][0], captions[25 + i][0]):
             words = text.split()
-            objects.append({(a, b) for a, b in zip(words, words[1:]) if b in tr.SHAPES})  # noqa: B905
+            objects.append({(a, b) for a, b in pairwise(words) if b in tr.SHAPES})
         for k in (0, 1):  # the same colours and the same shapes, but two have changed colours
             assert {pair[k] for pair in objects[0]} == {pair[k] for pair in objects[1]}
         assert len(objects[0] - objects[1]) == 2
