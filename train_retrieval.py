@@ -88,7 +88,7 @@ def parse_args(argv=None):
     p.add_argument("--vision", metavar="NAME", help="a pre-trained one: openai/clip-vit-...")
     p.add_argument("--text", metavar="NAME", help="a pre-trained one: roberta-base")
     p.add_argument("--false", type=int, help="captions to rank a true one with (toy: 3, paper: 15)")
-    p.set_defaults(epochs=4, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
+    p.set_defaults(epochs=4, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.5)
     args = finish_args(p, argv)
     args.size = args.size or MODELS[args.model]["S"]
     if args.size < 1 or (args.size % MODELS[args.model]["patch"] and not args.vision):
