@@ -34,7 +34,6 @@ from torchvision.transforms import v2
 from llmblock import KINDS, UserError
 from train_image import fail, read
 
-TILE = 112  # pixels
 FONT = ImageFont.load_default(13)
 
 
@@ -294,7 +293,7 @@ def results_table(results):
     """Markdown of RESULT lines of one task, data set and model: a row for each arm."""
     arms, metrics = {}, list(results[0]["metrics"])
     for r in results:
-        arm = arms.setdefault((r["kind"], r["llm"] or "", str(r["layers"] or "")), {})
+        arm = arms.setdefault((r["kind"], Path(r["llm"] or "").name, str(r["layers"] or "")), {})
         if r["seed"] in arm:
             raise UserError(f"two runs are of block {r['kind']}, LLM {r['llm']}, seed {r['seed']}")
         arm[r["seed"]] = r
@@ -311,7 +310,8 @@ def results_table(results):
                 for s in runs if s in none and runs is not none]  # fmt: skip
         row.append(f"{np.mean(gain):+.2f}" if gain else "")
         row[-1] += f" ± {interval(gain):.2f}" if len(gain) > 1 else ""
-        row += [f"{r[k]:,}" for k in ("params_trainable", "params_frozen", "gflops_per_sample")]
+        last = list(runs.values())[-1]
+        row += [f"{last[k]:,}" for k in ("params_trainable", "params_frozen", "gflops_per_sample")]
         lines.append([*row, f"{np.mean([r['samples_per_s'] for r in runs.values()]):.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
@@ -360,17 +360,17 @@ def glow(heat):
     return np.stack(columns, axis=-1).astype(np.uint8)
 
 
-def paint_patches(x, heat=None):
+def paint_patches(x, heat=None, size=112):
     """A tile of an image uint8 (3, S, S), under the heat (N) of its patches."""
-    picture = v2.functional.to_pil_image(x).resize((TILE, TILE), Image.Resampling.BICUBIC)
+    picture = v2.functional.to_pil_image(x).resize((size, size), Image.Resampling.BICUBIC)
     if heat is None:
         return picture
     side = math.isqrt(len(heat))
-    over = Image.fromarray(glow(heat.view(side, side))).resize((TILE, TILE), Image.Resampling.BOX)
+    over = Image.fromarray(glow(heat.view(side, side))).resize((size, size), Image.Resampling.BOX)
     return Image.blend(picture.convert("L").convert("RGB"), over, 0.7)
 
 
-def paint_points(x, tilt, turn, heat=None):
+def paint_points(x, tilt, turn, heat=None, size=112):
     """A tile of points (P, 3 or more: colours), z up, from above by tilt radians; heat is (P)."""
     colours = 100 + 140 * unit(x[:, 2])[:, None].expand(-1, 3)  # brighter towards the top
     if x.shape[1] > 3 and x[:, 3:6].any():
@@ -379,24 +379,24 @@ def paint_points(x, tilt, turn, heat=None):
     right = x[:, 0] * math.cos(turn) + x[:, 1] * math.sin(turn)
     away = x[:, 1] * math.cos(turn) - x[:, 0] * math.sin(turn)
     down = away * math.sin(tilt) + x[:, 2] * math.cos(tilt)
-    scale = 0.45 * TILE / x[:, :3].norm(dim=1).max().clamp(min=1e-6)
-    places = TILE / 2 + scale * torch.stack([right, -down], dim=1)
+    places = torch.stack([right, -down], dim=1)
+    places = size / 2 + 0.45 * size * places / places.abs().max().clamp(min=1e-6)
     order = (x[:, 2] * math.sin(tilt) - away * math.cos(tilt)).argsort()  # near ones hide far ones
-    image = Image.new("RGB", (TILE, TILE), "#222222")
+    image = Image.new("RGB", (size, size), "#222222")
     draw = ImageDraw.Draw(image)
     for place, colour in zip(places[order].tolist(), colours[order].tolist(), strict=True):
         draw.circle(place, 1.5, tuple(colour))
     return image
 
 
-def paint_scene(x, lane, heat=None, modes=(), sure=(), future=None):
+def paint_scene(x, lane, heat=None, modes=(), sure=(), future=None, size=168):
     """A tile of traffic, vectors (N, V, 7); the target comes first and drives to the right."""
-    image = Image.new("RGB", (TILE, TILE), "#222222")
+    image = Image.new("RGB", (size, size), "#222222")
     draw = ImageDraw.Draw(image)
 
-    def line(points, colour, width):  # 100 m are shown
-        places = torch.tensor([0.35, 0.5]) + points * torch.tensor([0.01, -0.01])
-        draw.line([tuple(p) for p in (TILE * places).tolist()], colour, width)
+    def line(points, colour, width):  # 80 m are shown
+        places = torch.tensor([0.35, 0.5]) + points * torch.tensor([1, -1]) / 80
+        draw.line([tuple(p) for p in (size * places).tolist()], colour, width)
 
     for i in reversed(range(len(x))):
         steps = x[i][x[i, :, 6] > 0]
@@ -414,7 +414,8 @@ def paint_scene(x, lane, heat=None, modes=(), sure=(), future=None):
 
 
 def side_by_side(tiles):
-    image = Image.new("RGB", (sum(tile.width + 2 for tile in tiles) - 2, TILE), "white")
+    size = sum(tile.width + 2 for tile in tiles) - 2, tiles[0].height
+    image = Image.new("RGB", size, "white")
     for i, tile in enumerate(tiles):
         image.paste(tile, (i * (tile.width + 2), 0))
     return image
@@ -442,7 +443,8 @@ def see_pictures(script, args, saved, data, model, n):
         frames = x[i, :: 2 if video else 1]  # the first of every tubelet's two
         heat = [None] * len(frames) if heat is None else heat.view(len(frames), -1)
         shown = range(0, len(frames), max(1, len(frames) // 4))[:4]
-        return side_by_side([paint_patches(frames[t], heat[t]) for t in shown])
+        size = 56 if video else 112
+        return side_by_side([paint_patches(frames[t], heat[t], size) for t in shown])
 
     known = [names[i] if i >= 0 else "" for i in y]
     return prepare(script, args, x), known, tell_class(names), paint
@@ -459,7 +461,7 @@ def see_pointcloud(script, args, saved, data, model, n):
 
     def paint(i, heat, output):
         heat = None if heat is None else heat[nearest[i]]
-        return side_by_side([paint_points(x[i], 0.4, turn, heat) for turn in (0.6, 2.2)])
+        return side_by_side([paint_points(x[i], 0.4, turn, heat, 84) for turn in (0.6, 2.2)])
 
     return (x,), [names[i] for i in y], tell_class(names), paint
 
@@ -495,8 +497,8 @@ def see_vqa(script, args, saved, data, model, n):
             return paint_patches(x[i], heat)
         return paint_points(x[i, some], 1.1, 0.0, None if heat is None else heat[token[i]])
 
-    right = [answers[t.argmax()] if t.any() else "?" for t in targets]
-    known = [f"{text} ({a})" for text, a in zip(spell(ids, saved, args), right, strict=True)]
+    right = [answers[t.argmax()] if t.any() else "no answer it knows" for t in targets]
+    known = [f"{text} right: {a}" for text, a in zip(spell(ids, saved, args), right, strict=True)]
     return (x, ids), known, tell_class(answers), paint
 
 
@@ -529,10 +531,11 @@ SEE = {"image": see_pictures, "video": see_pictures, "pointcloud": see_pointclou
 
 def draw_grid(columns, titles):
     """Columns {name: a tile of every sample}, and a title above every sample."""
-    width = max(tile.width for tiles in columns.values() for tile in tiles) + 4
+    tile = next(iter(columns.values()))[0]  # all have the same size
+    width, high = tile.width + 4, tile.height + 8
     total = max(width * len(columns), 400)
     titles = [textwrap.wrap(title, total // 7) for title in titles]
-    image = Image.new("RGB", (total, 40 + sum(TILE + 8 + 16 * len(t) for t in titles)), "white")
+    image = Image.new("RGB", (total, 40 + sum(high + 16 * len(t) for t in titles)), "white")
     draw, y = ImageDraw.Draw(image), 40
     for c, name in enumerate(columns):
         at = (c * width + width / 2, 36)
@@ -541,8 +544,8 @@ def draw_grid(columns, titles):
         draw.text((4, y), "\n".join(lines), "black", FONT)
         y += 16 * len(lines) + 2
         for c, tile in enumerate(tiles):
-            image.paste(tile, (c * width + (width - tile.width) // 2, y))
-        y += TILE + 6
+            image.paste(tile, (c * width + 2, y))
+        y += high - 2
     return image
 
 

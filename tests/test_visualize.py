@@ -195,7 +195,8 @@ def test_perfect_heat_scores_100_and_by_chance_far_less(trained, monkeypatch):
 def result(kind, seed, top1, **more):
     llm = None if kind == "none" else "lm/small"
     return {"kind": kind, "llm": llm, "layers": llm and [3], "seed": seed,
-            "metrics": {"top1": top1, "top5": 99.0}, "params_trainable": 1234, "params_frozen": 0,
+            "metrics": {"top1": top1, "top5": 99.0}, "params_trainable": 1234 + seed,
+            "params_frozen": 5 * (kind != "none"),
             "gflops_per_sample": 0.5, "samples_per_s": 100.0} | more  # fmt: skip
 
 
@@ -207,8 +208,10 @@ def test_results_table_by_hand():
     assert lines[2][0] == "none" and "75.00 ± 10.03" in lines[2]
     # Differences by seed 2, 1, 3: mean 2, deviation 1, so 4.303 / sqrt(3).
     assert lines[3][:7] == [
-        "pretrained", "lm/small", "[3]", "3", "72.00 ± 2.00", "99.00 ± 0.00", "+2.00 ± 2.48"
+        "pretrained", "small", "[3]", "3", "72.00 ± 2.00", "99.00 ± 0.00", "+2.00 ± 2.48"
     ]  # fmt: skip
+    assert [line[7:] for line in lines[2:]] == [
+        ["1,237", "0", "0.5", "100"], ["1,236", "5", "0.5", "100"]]  # fmt: skip
     with pytest.raises(UserError, match="two runs are of block none"):
         vis.results_table([rows[-1], rows[-1]])
 
@@ -275,9 +278,9 @@ def test_pictures_of_every_script(trained, tmp_path, name, flags, capsys):
         f"{group}-{what}.png" for what in ("compare", "curves", "none-s0", "pretrained-s0")
     ]
     sizes = [Image.open(tmp_path / f"{group}-{kind}-s0.png") for kind in ("none", "pretrained")]
-    assert sizes[1].width > 1200 and sizes[0].height > 3 * vis.TILE
+    assert sizes[1].width > 1200 and sizes[0].height > 3 * 60
     printed = capsys.readouterr().out
-    assert "| pretrained | tests/tiny_llm | [3] | 1 |" in printed
+    assert "| pretrained | tiny_llm | [3] | 1 |" in printed
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     kinds = ["none", "pretrained"]
     assert [r["kind"] for r in numbers["results"]] == kinds
@@ -292,11 +295,11 @@ def test_a_picture_shows_what_it_says(trained, tmp_path):
     args = TASKS["image"].parse_args([])
     mask = vis.on_tokens(TASKS["image"], args, vis.find_masked(TASKS["image"], args, None, None)[1](
         torch.arange(1))[2]).view(6, 6)  # fmt: skip
-    width, top = vis.TILE + 4, 40 + 16 + 2
-    tile = picture[top : top + vis.TILE, width + 2 : width + 2 + vis.TILE]
+    width, top = 112 + 4, 40 + 16 + 2
+    tile = picture[top : top + 112, width + 2 : width + 2 + 112]
     for i, j in ((i, j) for i in range(6) for j in range(6)):
-        part = tile[i * vis.TILE // 6 + 3 : (i + 1) * vis.TILE // 6 - 3,
-                    j * vis.TILE // 6 + 3 : (j + 1) * vis.TILE // 6 - 3]  # fmt: skip
+        part = tile[i * 112 // 6 + 3 : (i + 1) * 112 // 6 - 3,
+                    j * 112 // 6 + 3 : (j + 1) * 112 // 6 - 3]  # fmt: skip
         assert (part.mean() > 120) == bool(mask[i, j])
 
 
