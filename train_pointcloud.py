@@ -30,6 +30,7 @@ import pickle
 import platform
 import sys
 import time
+import zipfile
 import zlib
 from operator import gt
 from pathlib import Path
@@ -626,11 +627,16 @@ def save(state, path):
         raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
 
 
+BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
+
+
 def read(path, mmap=False):
     """What torch.save wrote to a file: nothing but tensors and plain values."""
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(f"wrong checksum of {part}")  # torch.load would not notice
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
 
 
@@ -692,9 +698,11 @@ def train(args, kind, seed, data):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             total += loss.detach()
+            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
+                where = f"at step {step + 1}, learning rate {lr:.1e}"
+                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
+                                "kept. Try a lower --lr, with another --out")  # fmt: skip
         loss = all_sum(total).item() / per_epoch / WORLD
-        if not math.isfinite(loss):
-            raise UserError(f"{out}: the loss is {loss} in epoch {epoch + 1}; try a lower --lr")
         samples = per_epoch * min(args.batch_size, len(data["train"]))
         speed = samples / (time.perf_counter() - start)
         val = evaluate(model, data["val"], args)
@@ -798,4 +806,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
+        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)

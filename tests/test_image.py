@@ -9,7 +9,10 @@ import re
 import resource
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -231,6 +234,64 @@ def test_truncated_and_foreign_checkpoints(trained, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         run(trained, "--epochs", "1")
     assert (directory / "last.pt").stat().st_size == len(data) // 2  # left for the user to judge
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_checkpoints_execute_nothing(tmp_path):
+    torch.save({"task": "image", "model": Malicious(str(tmp_path / "made"))}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        train_image.main(["--eval", str(tmp_path / "bad.pt")])
+    assert not (tmp_path / "made").exists()
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert (tmp_path / "made").exists()  # it would have been made
+
+
+def test_a_flipped_byte_is_noticed(trained, tmp_path):
+    directory = trained / "image-toy-micro/pretrained-s0"
+    data = bytearray((directory / "best.pt").read_bytes())
+    weight = torch.load(directory / "best.pt", weights_only=True)["model"]["head.weight"]
+    at = data.index(weight.numpy().tobytes())  # torch.load reads what is there
+    data[at + 5] ^= 1
+    (tmp_path / "best.pt").write_bytes(data)
+    with pytest.raises(UserError, match="damaged.*checksum"):
+        train_image.main(["--eval", str(tmp_path / "best.pt")])
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_what_there_was(trained):
+    argv = ["--block", "none", "--lr", "1e9"]
+    with pytest.raises(UserError, match=r"loss is nan at step \d+, learning rate .*e\+0\d.*--lr"):
+        run(trained, *argv)
+    assert not list(trained.glob("*/none-s0/*"))
+    directory = trained / "image-toy-micro/pretrained-s0"
+    state = torch.load(directory / "last.pt", weights_only=True)
+    state["settings"] |= {"lr": 1e9, "epochs": 2}  # as if the second epoch went wrong
+    torch.save(state | {"result": None}, directory / "last.pt")
+    before = [(directory / name).read_bytes() for name in ("last.pt", "best.pt")]
+    with pytest.raises(UserError, match="what was saved before is kept"):
+        run(trained, "--lr", "1e9")
+    assert before == [(directory / name).read_bytes() for name in ("last.pt", "best.pt")]
+
+
+def test_ctrl_c(tmp_path):
+    argv = [sys.executable, "train_image.py", "--epochs", "99", "--limit", "64", "--out", tmp_path]
+    process = subprocess.Popen(
+        argv, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as on a terminal
+    )  # fmt: skip
+    while not (tmp_path / "image-toy-micro/pretrained-s0/last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate()
+    assert process.returncode == 130
+    assert printed == "stopped: the same command goes on after the last whole epoch\n"
 
 
 def test_broken_images(tmp_path, capsys):
