@@ -149,6 +149,16 @@ def test_stages_are_those_of_the_forward_pass(trained, kind):
     assert list(stages) == names.get(kind, ["host", "proj_in", "attention", "ffn", "proj_out"])
 
 
+def test_padding_is_not_attended_to(trained):
+    run = trained("motion", "--block", "none", "pretrained") / "none-s0/best.pt"
+    script, args, saved, model = vis.open_run(run, ["--limit", "24"])
+    x, _ = script.load_data(args, saved["meta"])["test"][0].batch(torch.arange(24))
+    _, _, weights, real = vis.look(script, args, model, (x,))
+    assert torch.equal(real, x[..., 6].any(-1)) and not real.all()
+    assert not weights[~real].any() and (weights[real] > 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.full((24,), 1.0 * model.blocks[-1].heads))
+
+
 def test_looking_leaves_the_model_as_it_was(trained):
     run = trained("image", "--block", "none", "mlp", "pretrained") / "pretrained-s0/best.pt"
     script, args, _, model = vis.open_run(run, [])
@@ -171,10 +181,12 @@ def test_masked_toys_are_test_data(name):
     for clip, label in zip(x, y, strict=True):
         same = (clips == clip).flatten(1).all(1).nonzero()
         assert len(same) == 1 and int(test.y[same.item()]) == int(label)
-    grid = vis.on_tokens(script, args, mask)
-    patch = script.MODELS["micro"]["patch"]
-    first = mask[0, : 2 if name == "video" else 1, :patch, :patch]
-    assert bool(grid[0, 0]) == (first.float().mean().item() >= 0.5)
+    grid, patch = vis.on_tokens(script, args, mask), script.MODELS["micro"]["patch"]
+    step, side = (2 if name == "video" else 1), mask.shape[-1] // patch
+    for k, (frame, row, column) in enumerate(np.ndindex(mask.shape[1] // step, side, side)):
+        part = mask[:, frame * step :][:, :step, row * patch :, column * patch :]
+        share = part[..., :patch, :patch].float().mean((1, 2, 3))
+        assert torch.equal(grid[:, k], share >= 0.5)
 
 
 def test_perfect_heat_scores_100_and_by_chance_far_less(trained, monkeypatch):
@@ -210,6 +222,7 @@ def test_results_table_by_hand():
     assert lines[3][:7] == [
         "pretrained", "small", "[3]", "3", "72.00 ± 2.00", "99.00 ± 0.00", "+2.00 ± 2.48"
     ]  # fmt: skip
+    assert lines[2][6] == ""  # it has no difference to itself
     assert [line[7:] for line in lines[2:]] == [
         ["1,237", "0", "0.5", "100"], ["1,236", "5", "0.5", "100"]]  # fmt: skip
     with pytest.raises(UserError, match="two runs are of block none"):
@@ -219,6 +232,20 @@ def test_results_table_by_hand():
 def test_a_single_seed_has_no_interval():
     table = vis.results_table([result("none", 0, 70.0), result("random", 0, 71.5)])
     assert "+1.50 |" in table and "±" not in table and "nan" not in table
+
+
+def test_tables_of_masks_by_hand():
+    """One seed: the interval is over images. Several: over seeds."""
+
+    def run(mean):  # of four images, deviation 2
+        x = mean + torch.tensor([-3.0, -1.0, 1.0, 3.0]) * 2 / math.sqrt(20 / 3)
+        return torch.stack([x, x + 1, x + 2, x / 10, x / 10, x / 10], dim=1)
+
+    arms = {"none": [{"host magnitude": run(50.0)}]}
+    arms["random"] = [{"host magnitude": run(m), "ffn magnitude": run(m)} for m in (10.0, 20.0)]
+    tables = vis.mask_tables(arms)
+    assert "| host | magnitude | 50.0 ± 3.2 (5.0) | 15.0 ± 63.5 (1.5) |" in tables
+    assert "| ffn | magnitude |  | 17.0 ± 63.5 (1.5) |" in tables  # average precision
 
 
 # ---------------------------------------------------------------- masks in files
