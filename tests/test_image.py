@@ -10,9 +10,11 @@ import resource
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -301,6 +303,15 @@ def test_broken_images(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:300])
     run(tmp_path / "a", *argv)
     assert "1 of 160 samples are broken" in capsys.readouterr().err
+    Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png")
+    bomb = bytearray((tmp_path / "bomb.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)  # 10 GB when decoded
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    broken.unlink()
+    broken.with_suffix(".png").write_bytes(bomb)
+    run(tmp_path / "bomb", *argv)
+    printed = capsys.readouterr().err
+    assert "decompression bomb" in printed and "1 of 160 samples are broken" in printed
     for i in range(1, 4):
         (root / f"train/cat/{i}.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="4 of 160 samples are broken, more than 1%"):
