@@ -58,7 +58,7 @@ def parse_args(argv=None):
 def open_run(path, flags):
     """The script that wrote a checkpoint, its args, what was saved, and the model."""
     saved = read(path)
-    if not isinstance(saved, dict) or "settings" not in saved:
+    if not isinstance(saved, dict) or saved.get("task") not in SEE:
         raise UserError(f"{path} was not written by a training script")
     script = importlib.import_module(f"train_{saved['task']}")
     args = script.parse_args(["--eval", str(path), *flags])

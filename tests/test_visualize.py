@@ -359,7 +359,7 @@ WRONG = {
 @pytest.mark.parametrize("argv", WRONG)
 def test_mistakes_are_one_line(trained, tmp_path, capsys, argv):
     (tmp_path / "empty").mkdir()
-    torch.save({"model": {}}, tmp_path / "weights.pt")
+    torch.save({"model": {}, "task": "../evil"}, tmp_path / "weights.pt")
     runs = trained("image", "--block", "none", "mlp", "pretrained")
     places = {"RUN": runs / "pretrained-s0", "EMPTY": tmp_path / "empty",
               "WEIGHTS": tmp_path / "weights.pt"}  # fmt: skip
