@@ -197,7 +197,8 @@ def find_pairs(root):
     if not pairs:
         text = f"{len(found[0])} images and {len(found[1])} masks, no two of one name"
         raise UserError(f"--masks {root} has {text}")
-    return pairs
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    return [pairs[i] for i in order]  # files come class by class
 
 
 def read_masked(pairs, some, S, foreground):
@@ -333,7 +334,7 @@ def draw_curves(histories):
             draw.line([left, y, left + W, y], "#dddddd")
             draw.text((left - 8, y), f"{high - (high - low) * part:.3g}", "black", FONT, "rm")
         draw.text((left, H + 50), "1", "black", FONT, "mt")
-        draw.text((left + W, H + 50), str(epochs), "black", FONT, "mt")
+        draw.text((left + W, H + 50), str(epochs), "black", FONT, "rt")
         for arm, rows in histories:
             colour = COLOURS[KINDS.index(arm.split()[0])]
             at = [(left + W * (row["epoch"] - 1) / max(1, epochs - 1),
