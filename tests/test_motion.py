@@ -261,7 +261,8 @@ def write_map(path, lanes, kinds=LANES):
 
 
 def read(path, maps=(), steps=(20, 30)):
-    return tm.SceneReader([(path, maps)], steps)[0]
+    scenes = tm.SceneReader([(path, maps)], steps)[0]
+    return scenes and scenes[0]
 
 
 def test_a_csv_and_its_map_give_the_scene(tmp_path):
@@ -368,6 +369,30 @@ def test_a_scene_of_argoverse2(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- directories
+
+
+def test_others_are_targets_of_scenes_that_are_theirs(tmp_path):
+    """As if the file said of one after the other that he is the AGENT."""
+    tracks, lanes = TOY[0][3].copy(), TOY[1][3]
+    tracks[1, 40], tracks[2, 3] = np.nan, np.nan  # one is lost later, one was not seen once
+    tracks[3] = tracks[3, :1] + np.random.default_rng(0).normal(0, 0.01, (50, 2))  # one is parked
+    maps = [write_map(tmp_path / "x_PIT_vector_map.xml", lanes)]
+    rows = rows_of(tracks)
+    scenes = tm.read_scene(write(tmp_path / "0.csv", rows), maps, 20, 30, True)
+    assert same(scenes[0], read(tmp_path / "0.csv", maps)) and len(scenes) == 4
+    for scene, target in zip(scenes[1:], "578", strict=True):  # not the lost 4, the parked 6
+        kinds = {target: "AGENT"}
+        own = [HEAD] + [[t, i, kinds.get(i, "OTHERS"), *more] for t, i, _, *more in rows[1:]]
+        points, types, future = read(write(tmp_path / f"{target}.csv", own), maps)
+        np.testing.assert_array_equal(future, scene[2])
+        np.testing.assert_array_equal(points[0], scene[0][0])
+        assert scene[1][0] == tm.AGENT and (scene[1][1:] != tm.AGENT).all()
+        every = [
+            np.column_stack([t, p.reshape(len(p), -1)]) for p, t, _ in (scene, (points, types, 0))
+        ]
+        every = [np.nan_to_num(x, nan=1e6) for x in every]  # neighbours may stand in another order
+        a, b = (x[np.lexsort(x.T)] for x in every)
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def write_root(root, n=12, agents=6):

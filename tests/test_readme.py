@@ -42,7 +42,9 @@ def test_python_runs(capsys):
 def test_commands_on_toys_run(tmp_path, capsys):
     """Those that need no data of the reader's, with a few samples and for one epoch."""
     commands = re.findall(r"^python (train_[a-z]+|visualize)\.py ([^#\n]*)", README, re.MULTILINE)
-    own = [(name, argv) for name, argv in commands if not re.search("--root|--masks|cifar|CKPT", argv)]
+    own = [
+        (name, argv) for name, argv in commands if not re.search("--root|--masks|cifar|CKPT", argv)
+    ]
     assert [name for name, _ in own] == ["train_image", "train_vqa", "visualize"]
     few = ["--limit", "24", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "runs")]
     for name, argv in own:
