@@ -25,6 +25,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_retrieval as tr  # noqa: E402
+import visualize  # noqa: E402
 from llmblock import UserError  # noqa: E402
 
 SMALL = "--workers 0 --device cpu --precision fp32 --epochs 1 --batch-size 4 --size 12".split()
@@ -478,6 +479,8 @@ def test_pretrained_encoders_train_offline(tmp_path):
     ids, _ = tr.tokenise(["a dog", "", "red " * 200], [], tr.LONGEST, args)
     assert ids[0].tolist()[:5] == [0, 4, 5, 2, -1] and ids[1].tolist()[:3] == [0, 2, -1]
     assert ids[2].tolist() == [0, *[6] * 38, 2]
+    visualize.main([str(tmp_path / "runs"), "--n", "2", "--out", str(tmp_path / "figures")])
+    assert (tmp_path / "figures/retrieval-karpathy-micro-none-s0.png").exists()
 
 
 # It learns, and it runs on real data
