@@ -1038,8 +1038,10 @@ BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
 def read(path, mmap=False):
     """What torch.save wrote to a file: nothing but tensors and plain values."""
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise zipfile.BadZipFile(f"wrong checksum of {part}")  # torch.load would not notice
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():  # torch.load does not look
+                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e

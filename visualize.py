@@ -380,8 +380,8 @@ def paint_points(x, tilt, turn, heat=None, size=112):
     colours = colours.int() if heat is None else torch.from_numpy(glow(heat))
     right = x[:, 0] * math.cos(turn) + x[:, 1] * math.sin(turn)
     away = x[:, 1] * math.cos(turn) - x[:, 0] * math.sin(turn)
-    down = away * math.sin(tilt) + x[:, 2] * math.cos(tilt)
-    places = torch.stack([right, -down], dim=1)
+    up = away * math.sin(tilt) + x[:, 2] * math.cos(tilt)
+    places = torch.stack([right, -up], dim=1)
     places = size / 2 + 0.45 * size * places / places.abs().max().clamp(min=1e-6)
     order = (x[:, 2] * math.sin(tilt) - away * math.cos(tilt)).argsort()  # near ones hide far ones
     image = Image.new("RGB", (size, size), "#222222")
