@@ -444,7 +444,7 @@ def encoder(name, kind=transformers.AutoModel, **options):
     """What transformers has under a name or in a directory."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(f"transformers finds no encoder {name}: {e}") from e
 
 
