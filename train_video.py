@@ -233,7 +233,8 @@ class Clips(Dataset):
     """
 
     def __init__(self, clips, y, args, views=None):
-        self.clips, self.y, self.args, self.views = clips, y, args, views
+        self.clips, self.y = clips, torch.as_tensor(y)
+        self.args, self.views = args, views
 
     def __len__(self):
         return len(self.y)
@@ -246,8 +247,6 @@ class Clips(Dataset):
 
     def __getitem__(self, item):
         (i, seed), clip, S = item, self.clips[item[0]], self.args.size
-        if torch.is_tensor(clip):
-            return clip[None], int(self.y[i])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU alone
             try:
@@ -260,9 +259,12 @@ class Clips(Dataset):
             return torch.stack([augment(view, self.args) for view in x]), y
 
     def batches(self, pairs, size):
-        """Batches x uint8 (size, V, T, 3, S, S) and y (size) of a list of pairs (index, seed)."""
-        workers = 0 if torch.is_tensor(self.clips) else self.args.workers
-        return DataLoader(self, size, sampler=pairs, num_workers=workers)
+        """Yield x uint8 (size, V, T, 3, S, S) and y (size) for a list of pairs (index, seed)."""
+        if torch.is_tensor(self.clips):
+            for i in torch.tensor([i for i, _ in pairs]).split(size):
+                yield self.clips[i][:, None], self.y[i]
+        else:
+            yield from DataLoader(self, size, sampler=pairs, num_workers=self.args.workers)
 
 
 def augment(x, args):
@@ -393,8 +395,9 @@ def prepare(x, args):
         return normalise(x)
     # NOTE(paper): from scratch, on a thousand clips, a background's colour is soon learned by
     # heart. So each clip is given mean 0 in each colour, and deviation 1.
-    x = x / 255 - x.mean((1, 3, 4), keepdim=True, dtype=torch.float32) / 255
-    return x / x.std((1, 2, 3, 4), keepdim=True).clamp(min=1e-3)
+    x = x / 255
+    x = x - x.mean((1, 3, 4), keepdim=True)
+    return x / x.square().mean((1, 2, 3, 4), keepdim=True).sqrt().clamp(min=1e-3)
 
 
 def normalise(x):
