@@ -42,6 +42,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from datetime import timedelta
 from operator import gt
 from pathlib import Path
 
@@ -506,8 +507,9 @@ class Retrieval(nn.Module):
             x, t = see(x, mask, t, t_mask), read(t, t_mask, x, mask)
         x = self.llm(x, mask)  # the frozen LLM block: this line is the paper
         x, t = self.norm(x)[:, 0], self.text_norm(t)[:, 0]
-        x = torch.cat([self.pool(x), self.text_pool(t)], dim=1).tanh()
-        return self.rank_head(x)[:, 0], self.itm_head(x)  # (B), (B, 2)
+        x = torch.cat([self.pool(x), self.text_pool(t)], dim=1).tanh().float()
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has ties, which count as wrong
+            return self.rank_head(x)[:, 0], self.itm_head(x)  # (B), (B, 2)
 
     def forward(self, x, ids):
         """Images (B, 3, S, S) with K captions each, tokens (B, K, M): logits (B, K), (B, K, 2)."""
@@ -564,8 +566,8 @@ def compute_loss(model, batch):
     x, ids, judged = batch
     score, match = model(x, ids)
     match = match[torch.arange(len(x)), judged]  # (B, 2)
-    rank_loss = F.cross_entropy(score.float(), torch.zeros_like(judged))
-    return rank_loss + F.cross_entropy(match.float(), (judged == 0).long())
+    rank_loss = F.cross_entropy(score, torch.zeros_like(judged))
+    return rank_loss + F.cross_entropy(match, (judged == 0).long())
 
 
 def recalls(scores, owner):
@@ -605,7 +607,7 @@ def evaluate(model, sets, args):
         for i in tqdm(range(RANK, len(images), WORLD), f"scoring {s.split}", disable=hidden):
             for c, t, t_mask in texts:
                 x = images[i].expand(len(c), -1, -1)
-                scores[i, c.to(device)] = model.fuse(x, None, t, t_mask)[0].float()
+                scores[i, c.to(device)] = model.fuse(x, None, t, t_mask)[0]
     scores = all_sum(scores).cpu()
     if s.split == "test":
         speed = scores.numel() / (time.perf_counter() - start)
@@ -628,11 +630,11 @@ def finish_args(p, argv):
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
     p.add_argument("--seed", type=int, default=0, help="the first seed")
     p.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
-    p.add_argument("--epochs", type=int)
-    p.add_argument("--batch-size", type=int, help="over all processes")
-    p.add_argument("--lr", type=float, help="peak of the cosine schedule")
-    p.add_argument("--weight-decay", type=float)
-    p.add_argument("--warmup", type=float, help="epochs")
+    p.add_argument("--epochs", type=int, help="default: %(default)s")
+    p.add_argument("--batch-size", type=int, help="of all processes (default: %(default)s)")
+    p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
+    p.add_argument("--weight-decay", type=float, help="default: %(default)s")
+    p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -645,6 +647,7 @@ def finish_args(p, argv):
     if args.eval:
         p.set_defaults(**load(args.eval)["settings"])
         args = p.parse_args(argv)
+    args.block = list(dict.fromkeys(args.block))  # each arm once
     if min(args.epochs, args.batch_size, args.seeds, args.limit or 1) < 1:
         raise UserError("--epochs, --batch-size, --seeds and --limit must be at least 1")
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
@@ -702,7 +705,7 @@ def fail(message):
 
 def save(state, path):
     """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
     try:
         torch.save(state, part)
         os.replace(part, path)
@@ -723,7 +726,8 @@ def read(path, mmap=False):
                     raise zipfile.BadZipFile(f"wrong checksum of {part}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {e}") from e
+        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
+        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -744,12 +748,15 @@ def train(args, kind, seed, data):
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
-             "history": [], "seconds": 0.0, "result": None}  # fmt: skip
+             "sizes": data["sizes"], "history": [], "seconds": 0.0, "result": None}  # fmt: skip
     if (out / "last.pt").exists():
         state = load(out / "last.pt")
         if changed := [k for k in settings if state["settings"].get(k) != settings[k]]:
             theirs = f"--{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}"
-            raise UserError(f"{out} was begun with {theirs}: choose another --out")
+            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
+        if [state["meta"], state["sizes"]] != [data["meta"], data["sizes"]]:
+            theirs = f"other data, {state['sizes']}"
+            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
     if state["result"]:
         return state["result"]
     model, history = build_model(args, kind, seed, data["meta"]).to(args.device), state["history"]
@@ -759,7 +766,10 @@ def train(args, kind, seed, data):
         say(f"{out}: going on after epoch {len(history)}")
     if args.compile:
         model.compile()
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    ddp = model
+    if WORLD > 1:
+        ddp = DistributedDataParallel(model)
+        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
     per_epoch = max(1, len(data["train"]) // args.batch_size)
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
@@ -781,9 +791,9 @@ def train(args, kind, seed, data):
                 loss = compute_loss(ddp, batch)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            total += loss.detach()
+            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
             if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
                 where = f"at step {step + 1}, learning rate {lr:.1e}"
                 raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
@@ -856,7 +866,7 @@ def main(argv=None):
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(hours=12))  # the first may read for long
     saved = load(args.eval) if args.eval else None
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing

@@ -563,6 +563,8 @@ def show(path, args, loaded):
     if not masked:  # the arms have the same data
         key = str({k: v for k, v in vars(own).items() if k not in ("llm", "layers", "eval")})
         data = loaded[key] = loaded.get(key) or script.load_data(own, saved["meta"])
+        if data.get("meta", saved["meta"]) != saved["meta"]:
+            raise UserError(f"{path} was trained on other classes than {own.data} has")
         n = len(getattr(data["test"][0], "which", data["test"][0]))
     some = range(min(args.n, n))
     inputs, known, told, paint = SEE[script.TASK](script, own, saved, data, model, len(some))

@@ -219,6 +219,16 @@ def test_other_settings_on_the_same_directory_are_refused(trained):
         run(trained, "--epochs", "2")
 
 
+def test_other_data_in_the_same_directory_is_refused(tmp_path):
+    root = make_folder(make_folder(tmp_path / "data", "train", n=20), "val", n=5)
+    argv = ["--data", "folder", "--root", str(root), "--epochs", "1", "--block", "none", "none"]
+    assert len(run(tmp_path, *argv)) == 1  # an arm named twice is one arm
+    extra = next(root.glob("val/*/*"))
+    extra.rename(extra.with_name("elsewhere.txt"))
+    with pytest.raises(UserError, match="begun with other data, 36 train, 4 val, 10 test"):
+        run(tmp_path, *argv)
+
+
 def test_truncated_and_foreign_checkpoints(trained, tmp_path):
     directory = trained / "image-toy-micro/pretrained-s0"
     state = torch.load(directory / "last.pt", weights_only=True)
@@ -279,6 +289,16 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_there_was(trained):
     with pytest.raises(UserError, match="what was saved before is kept"):
         run(trained, "--lr", "1e9")
     assert before == [(directory / name).read_bytes() for name in ("last.pt", "best.pt")]
+
+
+def test_an_infinite_gradient_stops_before_anything_is_saved(tmp_path, monkeypatch):
+    def steep(model, batch):
+        return (0 * model(batch[0])).sum().sqrt()  # is 0, its slope infinite
+
+    monkeypatch.setattr(train_image, "compute_loss", steep)
+    with pytest.raises(UserError, match="loss is nan at step 1"):
+        run(tmp_path, "--block", "none", "--epochs", "1")
+    assert not list(tmp_path.glob("*/none-s0/*"))
 
 
 def test_ctrl_c(tmp_path):
