@@ -20,6 +20,7 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -77,7 +78,8 @@ class LLMBlock(nn.Module):
             given = " ".join(map(str, layers))
             raise UserError(f"layer {given}: {llm} has {n} layers, 0 to {n - 1} or -{n} to -1")
         layers = [i % n for i in layers]
-        with torch.random.fork_rng(devices=[]):  # leaves the host's random numbers as they were
+        # Leaves the host's random numbers as they were.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Every kind starts from the same projections. torch.manual_seed would seed GPUs, too.
             torch.default_generator.manual_seed(seed)
             self.proj_in = nn.Linear(dim, config.hidden_size, bias=False)
@@ -87,6 +89,8 @@ class LLMBlock(nn.Module):
             elif kind != "linear":
                 dtype = dtype if dtype and kind in FROZEN else torch.float32
                 self._add_layers(config, root, repo, layers, dtype)
+        if rotary and self.layers and not hasattr(self, "rotary_emb"):
+            raise UserError(f"rotary: {config.model_type} has no rotary positions in its layers")
         self.causal, self.rotary = causal, rotary
         self.record |= {"llm": str(llm), "layers": layers, "causal": causal, "rotary": rotary}
         if kind in FROZEN:
@@ -132,9 +136,12 @@ class LLMBlock(nn.Module):
         # Small, so that the layer's own output and not the residual decides the comparison.
         x, order = torch.randn(1, 5, config.hidden_size) / 100, [3, 0, 4, 1, 2]
         try:
-            y, z = self._run_layers(x, None), self._run_layers(x[:, order], None)
+            every = torch.ones(1, 5, dtype=torch.bool)  # to mask nothing must change nothing
+            y, z = self._run_layers(x, None), self._run_layers(x[:, order], every)
         except MISFIT as e:  # ALiBi, recurrence, ...
             raise UserError(f"{config.model_type}: a layer does not run alone: {e}") from e
+        if not y.isfinite().all():
+            raise UserError(f"{config.model_type}: a layer's weights or outputs are not finite")
         if not torch.allclose(y[:, order], z, rtol=0.05, atol=0.05 * y.abs().max().item()):
             raise UserError(f"{config.model_type}: a layer depends on the order of its tokens")
 
@@ -147,7 +154,7 @@ class LLMBlock(nn.Module):
         elif self.kind != "linear":
             h = self._run_layers(h, mask)
             # NOTE(paper): the released code has this norm (gain fixed at 1), the text does not.
-            h = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
+            h = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6).to(self.proj_out.weight.dtype)
         return self.proj_out(h)  # (B, N, dim)
 
     def _run_layers(self, h, mask, which=slice(None)):
@@ -180,9 +187,8 @@ class LLMBlock(nn.Module):
             h = self._run_layers(h, mask, slice(-1))
             # With a silent FFN, which is the last child that holds matrices, or ends with it.
             ffn = [m for m in self.layers[-1].children() if any(t.ndim > 1 for t in tensors(m))][-1]
-            hook = ffn.register_forward_hook(lambda m, args, y: first(y) * 0)
-            seen["attention"] = self._run_layers(h, mask, slice(-1, None))
-            hook.remove()
+            with ffn.register_forward_hook(lambda m, args, y: first(y) * 0):
+                seen["attention"] = self._run_layers(h, mask, slice(-1, None))
             seen["ffn"] = self._run_layers(h, mask, slice(-1, None))
         return seen | {"proj_out": self(x, mask)}
 
@@ -191,10 +197,23 @@ class LLMBlock(nn.Module):
         self.layers.eval()  # the LLM's dropout stays off, also when it is fine-tuned
         return self
 
+    def apply(self, fn):
+        """As of every module, but frozen layers are left alone: hosts initialise theirs with it."""
+        for m in self.children():
+            if m is not self.layers or self.kind not in FROZEN:
+                m.apply(fn)
+        fn(self)
+        return self
+
     def get_extra_state(self):
-        return self.record
+        """The record, with a hash of the frozen tensors as they are now, as bytes in a tensor."""
+        if self.kind in FROZEN:
+            self.record["hash"] = hash_tensors(self.layers)
+        return torch.tensor(list(json.dumps(self.record).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, saved):
+        self.get_extra_state()
+        saved = json.loads(bytes(saved.tolist()))
         for key, mine in self.record.items():
             if key != "llm" and saved.get(key) != mine:  # a directory may have moved
                 theirs = f"{saved.get(key)} (LLM {saved.get('llm')})"
@@ -223,7 +242,8 @@ def hash_tensors(module):
     """Hash of all buffers, rounded to bf16 so that an fp32 and a bf16 copy of a layer agree."""
     digest = hashlib.sha256()
     for name, t in sorted(module.named_buffers()):
-        digest.update(name.encode() + t.bfloat16().contiguous().view(torch.int16).numpy().data)
+        bits = t.bfloat16().contiguous().view(torch.int16).cpu()
+        digest.update(name.encode() + bits.numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -298,7 +318,8 @@ def read_file(file, key=None):
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
             return f.get_tensor(key) if key else list(f.keys())
-    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    mmap = zipfile.is_zipfile(file)  # PyTorch's format since 1.6
+    state = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
     return state[key].clone() if key else list(state)
 
 

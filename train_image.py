@@ -135,6 +135,12 @@ def draw_toy(n, seed, S):
     return x.clamp(0, 255).to(torch.uint8), 4 * colour + shape, mask
 
 
+def to_rgb(image):
+    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
+        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
+    return image.convert("RGB")
+
+
 class Images(Dataset):
     """n images x, uint8 (n, 3, S, S) in memory or a list of files, and their labels y.
 
@@ -158,7 +164,7 @@ class Images(Dataset):
         if not torch.is_tensor(image):
             try:
                 with Image.open(image) as file:
-                    image = file.convert("RGB")
+                    image = to_rgb(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
                 print(f"skipped {image}: {e}", file=sys.stderr)
                 return self.transform(Image.new("RGB", (32, 32))), -1

@@ -187,7 +187,7 @@ def read_map(path, n):
             tags = {tag.get("k"): tag.get("v") for tag in way.iter("tag")}
             types.append(INTERSECTION if tags["is_intersection"] == "True" else LANE)
     else:
-        for lane in json.loads(path.read_text())["lane_segments"].values():
+        for lane in json.loads(path.read_text("utf-8-sig"))["lane_segments"].values():
             sides = ("left_lane_boundary", "right_lane_boundary")
             names = ("centerline",) if "centerline" in lane else sides
             lines = [along(np.array([(x["x"], x["y"]) for x in lane[name]]), n) for name in names]
@@ -205,7 +205,7 @@ def read_scene(path, maps, H, T, others=False):
     list: if others, followed by the same scene with each other agent who moves as the target.
     """
     if path.suffix == ".csv":
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         ids, kinds, city = ([r[k] for r in rows] for k in ("TRACK_ID", "OBJECT_TYPE", "CITY_NAME"))
         times, x, y = ([float(r[k]) for r in rows] for k in ("TIMESTAMP", "X", "Y"))

@@ -220,7 +220,8 @@ class Reader(Dataset):
             if len(x) < self.P or not x.isfinite().all():
                 raise ValueError(f"{len(x)} points, {self.P} finite ones are needed (--points)")
         except (OSError, ValueError, IndexError, OverflowError) as e:
-            print(f"skipped {self.sources[i]}: {e}", file=sys.stderr)
+            what = self.sources[i] if isinstance(self.sources[i], Path) else f"cloud {i}"
+            print(f"skipped {what}: {e}", file=sys.stderr)
             return torch.zeros(1, 3), -1
         x, spare = to_unit_sphere(x), self.P * 75 // 64 if self.P < 8192 else self.P
         if len(x) > self.P:
@@ -240,14 +241,17 @@ def read_clouds(sources, labels, args, name):
 
 
 def read_h5(path):
-    """Arrays data (n, P, 3) and label (n) of one .h5 file."""
+    """Arrays data (n, P, 3 or more) and label (n) of one .h5 file: places, classes."""
     try:
         import h5py
     except ImportError as e:
         raise UserError("reading .h5 needs h5py: pip install h5py") from e
     try:
         with h5py.File(path) as file:
-            return file["data"][:], file["label"][:].reshape(-1).astype(int)
+            clouds, labels = file["data"][:], file["label"][:].reshape(-1).astype(int)
+            if clouds.ndim != 3 or clouds.shape[2] < 3 or len(clouds) != len(labels):
+                raise ValueError(f"shapes are {clouds.shape} and {labels.shape}")
+            return clouds[..., :3], labels
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} is no readable .h5 file with 'data' and 'label': {e}") from e
 
@@ -267,9 +271,9 @@ def find_clouds(args):
         if not lists:
             raise ValueError("there is no list *_train.txt")
         stem = lists[-1].name.removesuffix("_train.txt")  # ModelNet40's also lists ModelNet10
-        names = (root / f"{stem}_shape_names.txt").read_text().split()
+        names = (root / f"{stem}_shape_names.txt").read_text("utf-8-sig").split()
         for split in ("train", "test"):
-            ids = (root / f"{stem}_{split}.txt").read_text().split()
+            ids = (root / f"{stem}_{split}.txt").read_text("utf-8-sig").split()
             kinds = [i.rpartition("_")[0] for i in ids]  # night_stand_0001 is a night_stand
             files = [root / kind / f"{i}.txt" for kind, i in zip(kinds, ids, strict=True)]
             found.append((files, [names.index(kind) for kind in kinds]))
@@ -277,15 +281,15 @@ def find_clouds(args):
         names, splits = SCANOBJECTNN.split(), ("training", "test")
         patterns = [f"{VARIANTS[args.variant][0]}/{s}_{VARIANTS[args.variant][1]}" for s in splits]
         if args.data == "h5":
-            names = (root / "shape_names.txt").read_text().split()
+            names = (root / "shape_names.txt").read_text("utf-8-sig").split()
             patterns = ["ply_data_train*.h5", "ply_data_test*.h5"]
         for pattern in patterns:
             parts = [read_h5(path) for path in sorted(root.glob(pattern))]
             if not parts:
                 raise ValueError(f"there is no {pattern}")
             clouds, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-            if labels.max() >= len(names):
-                raise ValueError(f"label {labels.max()} of {len(names)} classes")
+            if not 0 <= labels.min() <= labels.max() < len(names):
+                raise ValueError(f"labels {labels.min()} to {labels.max()} of {len(names)} classes")
             found.append((clouds, labels))
     return names, found
 

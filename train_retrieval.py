@@ -166,15 +166,20 @@ def read_toy(args):
 
 
 def read_karpathy(args):
-    """{split: [(name of an image, its captions)]} and {name: path} of all files below --root."""
-    files, splits = {p.name: p for p in sorted(Path(args.root).rglob("*")) if p.is_file()}, {}
+    """{split: [(name of an image, its captions)]} and {name: path} of all files below --root, where
+    the path is None if several have that name.
+    """
+    files, splits = {}, {}
+    for p in sorted(Path(args.root).rglob("*")):
+        if p.is_file():
+            files[p.name] = None if p.name in files else p  # None: no telling which is meant
     lists = [name for name in files if name.endswith(".json")]
     name = args.json or (lists[0] if len(lists) == 1 else None)
-    if name not in files:
+    if not files.get(name):
         found = ", ".join(lists[:5]) or "none"
         raise UserError(f"{args.root} has these .json files: {found}. Name Karpathy's with --json")
     try:
-        for image in json.loads(files[name].read_text(encoding="utf-8"))["images"]:
+        for image in json.loads(files[name].read_text("utf-8-sig"))["images"]:
             split = {"restval": "train"}.get(image["split"], image["split"])
             row = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
             if not all(isinstance(text, str) for text in (split, row[0], *row[1])):
@@ -188,10 +193,16 @@ def read_karpathy(args):
     return splits, files
 
 
+def to_rgb(image):
+    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
+        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
+    return image.convert("RGB")
+
+
 def read_image(path, shape):
     """uint8 (3, S, S), squeezed into the square: no text loses what it speaks of."""
     with Image.open(path) as file:
-        image = file.convert("RGB").resize(shape[1:], Image.Resampling.BICUBIC)
+        image = to_rgb(file).resize(shape[1:], Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(image)
 
 
@@ -301,6 +312,8 @@ class Gallery:
 
 def read_images(names, files, args):
     """uint8 (n, 3, S, S), and which of them are good (n)."""
+    if twice := [name for name in names if name in files and not files[name]]:
+        raise UserError(f"{args.root}: several files have the name {twice[0]}")
     lost = [name for name in names if name not in files]
     if len(lost) > max(1, 0.01 * len(names)):
         text = f"{len(lost)} of {len(names)} images are not there, such as {lost[0]}"
@@ -550,7 +563,7 @@ def param_groups(model, args):
     for name, p in model.named_parameters():
         scale = 1.0
         if args.vision or args.text:
-            scale = 0.2 if ".encoder." in name else 2.0 if name.startswith("llm") else 1.0
+            scale = 0.2 if ".encoder." in name else 2.0 if name.startswith("llm.proj") else 1.0
         bare = ("cls", "pos", "words.weight")
         decay = args.weight_decay * (p.ndim > 1 and not name.endswith(bare))
         groups.setdefault((decay, scale), []).append(p)

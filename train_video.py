@@ -202,14 +202,18 @@ def natural(path):
     return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)], path.name
 
 
+def to_rgb(image):
+    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
+        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
+    return image.convert("RGB")
+
+
 def read_clip(path, choose):
     """The frames of a clip that choose(n) picks, (V, T) out of n: uint8 (V, T, 3, H, W)."""
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAMES), key=natural)
         choice = choose(len(files))
-        frames = {
-            i: np.array(Image.open(files[i]).convert("RGB")) for i in choice.unique().tolist()
-        }
+        frames = {i: np.array(to_rgb(Image.open(files[i]))) for i in choice.unique().tolist()}
     elif path.suffix.lower() == ".gif":
         with Image.open(path) as gif:
             choice, frames = choose(gif.n_frames), {}
@@ -302,23 +306,24 @@ def find_clips(args):
             raise ValueError("there is no train/CLASS/clip")
     elif args.data == "ucf101":
         lists = root / "ucfTrainTestlist"
-        names = [line.split()[1] for line in (lists / "classInd.txt").open()]
+        lines = (lists / "classInd.txt").read_text("utf-8-sig").split("\n")
+        names = [line.split()[1] for line in lines if line.strip()]
         for split in ("train", "test"):
-            lines = (lists / f"{split}list0{args.split}.txt").read_text().split("\n")
+            lines = (lists / f"{split}list0{args.split}.txt").read_text("utf-8-sig").split("\n")
             ids = [line.split()[0] for line in lines if line.strip()]
             folder = next((p for p in root.iterdir() if (p / ids[0]).exists()), root)
             found[split] = [(folder / i, i.split("/")[0]) for i in ids]
     elif args.data == "ssv2":
-        names = json.loads((root / "labels/labels.json").read_text())
+        names = json.loads((root / "labels/labels.json").read_text("utf-8-sig"))
         names = sorted(names, key=lambda name: int(names[name]))
         for split in ("train", "validation"):
-            rows = json.loads((root / f"labels/{split}.json").read_text())
+            rows = json.loads((root / f"labels/{split}.json").read_text("utf-8-sig"))
             ids = [f"20bn-something-something-v2/{row['id']}.webm" for row in rows]
             labels = [row["template"].replace("[", "").replace("]", "") for row in rows]
             found[split] = [(root / i, name) for i, name in zip(ids, labels, strict=True)]
     else:
         for split in ("train", "val"):
-            lines = (root / f"{split}.csv").read_text().split("\n")
+            lines = (root / f"{split}.csv").read_text("utf-8-sig").split("\n")
             rows = [line.rsplit(maxsplit=1) for line in lines if line.strip()]
             found[split] = [(root / path, label) for path, label in rows]
         names = sorted({label for _, label in found["train"]}, key=int)
@@ -360,7 +365,8 @@ def load_data(args, meta=None):
 def existing(pairs, names, root):
     """Lists of paths and of labels, for (path, class name); a few missing clips are reported."""
     there = [(path, names.index(name)) for path, name in pairs if path.exists()]
-    check_broken(len(pairs) - len(there), len(pairs), root)
+    lost = [path for path, _ in pairs if not path.exists()]
+    check_broken(len(lost), len(pairs), f"{root} ({lost[0]} is not there)" if lost else root)
     if wrong := [path for path, _ in there if not is_clip(path)]:
         raise UserError(f"{wrong[0]} is no clip: neither {', '.join(VIDEOS)}, .gif nor a folder")
     if any(path.suffix.lower() in VIDEOS for path, _ in there) and not find_spec("av"):

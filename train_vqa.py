@@ -240,9 +240,9 @@ def soft_scores(answers):
 
 
 def read_json(files, name):
-    if name not in files:
-        raise ValueError(f"there is no {name}")
-    return json.loads(files[name].read_text())
+    if not files.get(name):
+        raise ValueError(f"there is no {name}, or there are several")
+    return json.loads(files[name].read_text("utf-8-sig"))
 
 
 def read_questions(data, files, split):
@@ -301,10 +301,16 @@ def answer_type(answer):
     return "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
 
 
+def to_rgb(image):
+    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
+        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
+    return image.convert("RGB")
+
+
 def read_image(path, shape):
     """uint8 (3, S, S), squeezed into the square: no text loses what it speaks of."""
     with Image.open(path) as file:
-        image = file.convert("RGB").resize(shape[1:], Image.Resampling.BICUBIC)
+        image = to_rgb(file).resize(shape[1:], Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(image)
 
 
@@ -470,10 +476,14 @@ class Questions:
 
 
 def find_questions(args):
-    """({"train": rows of read_questions, ...}, {name: path} of all images or scenes)."""
+    """({"train": rows of read_questions, ...}, {name: path} of all files below --root, where the
+    path is None if several have that name).
+    """
     root = Path(args.root)
     paths = [p for p in sorted(root.rglob("*")) if p.is_file()]
-    files = {p.name: p for p in paths}
+    files = {}
+    for p in paths:
+        files[p.name] = None if p.name in files else p
     if args.data == "easyvqa":  # has a train/images/0.png and a test/images/0.png
         files = {p.relative_to(root).as_posix(): p for p in paths}
     for p in paths:  # ScanNet's scene0000_00_vh_clean_2.ply, ScanQA's scene0000_00_aligned_vert.npy
@@ -518,6 +528,8 @@ def hold_out(rows):
 
 def load_visuals(names, files, args):
     """Images or scenes (n, ...) of these names, and which of them are good (n)."""
+    if twice := [name for name in names if name in files and not files[name]]:
+        raise UserError(f"{args.root}: several files have the name {twice[0]}")
     if lost := [name for name in names if name not in files]:
         text = f"{args.root}: {len(lost)} of {len(names)} images or scenes are missing"
         if len(lost) > max(1, 0.01 * len(names)):
@@ -900,7 +912,7 @@ def param_groups(model, args):
     for name, p in model.named_parameters():
         scale = 1.0
         if args.vision or args.text:
-            scale = 10.0 if name.startswith("head") else 2.0 if name.startswith("llm") else 1.0
+            scale = 10.0 if name.startswith("head") else 2.0 if name.startswith("llm.proj") else 1.0
             scale = 0.2 if ".encoder." in name else scale
         bare = ("cls", "pos", "words.weight")
         decay = args.weight_decay * (p.ndim > 1 and not name.endswith(bare))

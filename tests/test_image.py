@@ -232,7 +232,9 @@ def test_other_data_in_the_same_directory_is_refused(tmp_path):
 def test_truncated_and_foreign_checkpoints(trained, tmp_path):
     directory = trained / "image-toy-micro/pretrained-s0"
     state = torch.load(directory / "last.pt", weights_only=True)
-    other = state["model"]["llm._extra_state"] | {"hash": "0" * 16, "llm": "another-llm"}
+    other = json.loads(bytes(state["model"]["llm._extra_state"].tolist()))
+    other = json.dumps(other | {"hash": "0" * 16, "llm": "another-llm"}).encode()
+    other = torch.tensor(list(other), dtype=torch.uint8)
     torch.save(state | {"model": state["model"] | {"llm._extra_state": other}}, tmp_path / "o.pt")
     with pytest.raises(UserError, match="another block.*another-llm"):
         train_image.main(["--eval", str(tmp_path / "o.pt")])
@@ -332,6 +334,10 @@ def test_broken_images(tmp_path, capsys):
     run(tmp_path / "bomb", *argv)
     printed = capsys.readouterr().err
     assert "decompression bomb" in printed and "1 of 160 samples are broken" in printed
+    deep = torch.full((40, 40), 30_000).to(torch.uint16)  # which Pillow would make white
+    Image.fromarray(deep.numpy()).save(broken.with_suffix(".png"))
+    run(tmp_path / "deep", *argv)
+    assert "only 8 bits a channel are read" in capsys.readouterr().err
     for i in range(1, 4):
         (root / f"train/cat/{i}.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="4 of 160 samples are broken, more than 1%"):

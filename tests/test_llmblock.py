@@ -3,6 +3,7 @@
 python -m pytest tests/test_llmblock.py -q     # LLMBLOCK_DATA=DIR adds the real Llamas DIR/lm/*
 """
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
@@ -277,6 +278,37 @@ def test_a_checkpoint_fits_its_own_block_only(kind, llama, tmp_path):
             fresh.load_state_dict(saved)
 
 
+def test_a_host_that_initialises_its_modules_leaves_frozen_ones_alone(llama):
+    host = nn.Sequential(nn.Linear(32, 32), LLMBlock(llama, 32))
+    before = [t.clone() for t in host[1].layers.buffers()]
+    host.apply(lambda m: nn.init.ones_(m.weight) if isinstance(m, nn.Linear) else None)
+    assert all(torch.equal(a, b) for a, b in zip(before, host[1].layers.buffers(), strict=True))
+    assert host[0].weight.eq(1).all() and host[1].proj_in.weight.eq(1).all()
+    next(host[1].layers.buffers()).fill_(1)  # who does so all the same is found out
+    with pytest.raises(UserError, match="another block: hash"):
+        LLMBlock(llama, 32).load_state_dict(host[1].state_dict())
+
+
+def test_other_dtypes_other_devices_and_safetensors(llama, tmp_path):
+    block, x = LLMBlock(llama, 32), torch.randn(2, 7, 32)
+    half = LLMBlock(llama, 32).bfloat16()
+    close(half(x.bfloat16()).float(), block(x), 0.1)
+    save_model(block, tmp_path / "block.safetensors")
+    other = LLMBlock(llama, 32, seed=1)
+    load_model(other, tmp_path / "block.safetensors")
+    assert torch.equal(other(x), block(x))
+    with torch.device("meta"):  # as a host may be built
+        assert torch.equal(LLMBlock(llama, 32)(x), block(x))
+
+
+def test_stages_that_fail_leave_no_trace(llama):
+    block, x = LLMBlock(llama, 32), torch.randn(2, 7, 32)
+    before = block(x)
+    with pytest.raises(RuntimeError):
+        block.stages(x, torch.ones(2, 5, dtype=torch.bool))
+    assert torch.equal(block(x), before)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -295,10 +327,13 @@ def store(llm, suffix, shards=1):
     return llm
 
 
-@pytest.mark.parametrize("form", ["safetensors 3", "bin 1", "bin 3"])
-def test_any_file_format_gives_the_same_block(form, llama):
+@pytest.mark.parametrize("form", ["safetensors 3", "bin 1", "bin 3", "bin 1 of PyTorch 1.5"])
+def test_any_file_format_gives_the_same_block(form, llama, monkeypatch):
     x, one = torch.randn(2, 7, 32), LLMBlock(llama, 32, [1, 2])
-    suffix, shards = form.split()
+    suffix, shards, *old = form.split()
+    if old:
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+        monkeypatch.setattr(torch, "save", save)
     other = LLMBlock(store(llama, f".{suffix}", int(shards)), 32, [1, 2])
     assert torch.equal(other(x), one(x)) and other.record == one.record
     assert other.bytes_read == one.bytes_read > 0
@@ -346,6 +381,8 @@ def test_wrong_arguments_are_reported_in_one_line(llama, tmp_path, monkeypatch, 
     wrong = {"frozen": (llama, 32, -1, "frozen"), "999": (llama, 32, 999), "t5": (t5, 32)}
     wrong |= {"-4": (llama, 32, [0, -4]), "nowhere": (tmp_path / "nowhere", 32)}
     wrong |= {"no-one/llm": ("no-one/llm", 32), "no llm": ("no llm", 32)}
+    gpt2 = make(tmp_path / "gpt2", "gpt2")
+    wrong["no rotary"] = (gpt2, 32, -1, "pretrained", 0, None, False, True)
     for named, args in wrong.items():
         with pytest.raises(UserError, match=named) as e:
             LLMBlock(*args)

@@ -287,8 +287,11 @@ def test_h5_without_h5py_and_without_h5(tmp_path, monkeypatch):
     write_h5(tmp_path / "ply_data_test0.h5", np.zeros((1, 256, 3)), np.ones(1))
     with pytest.raises(UserError, match="ply_data_train0.h5 is no readable .h5"):
         pc.load_data(of_layout("h5", tmp_path))
+    write_h5(tmp_path / "ply_data_train0.h5", np.zeros((2, 256, 3)), np.eye(2))
+    with pytest.raises(UserError, match=r"shapes are \(2, 256, 3\) and \(4,\)"):
+        pc.load_data(of_layout("h5", tmp_path))
     (tmp_path / "ply_data_test0.h5").rename(tmp_path / "ply_data_train0.h5")
-    with pytest.raises(UserError, match="not laid out like h5: label 1 of 1 classes"):
+    with pytest.raises(UserError, match="not laid out like h5: labels 1 to 1 of 1 classes"):
         pc.load_data(of_layout("h5", tmp_path))
 
 

@@ -402,6 +402,11 @@ def mistakes():
     )
     yield (lambda root: (root / "dataset_x.json").unlink()), [], "has these .json files: none"
     yield (lambda root: write_json(root, [], "b.json")), [], "files: b.json, dataset_x.json. Name"
+    yield (
+        lambda root: write_images(root / "thumbs", ["test0.png"]),
+        [],
+        "several files have the name test0.png",
+    )
     yield (lambda root: None), ["--json", "y.json"], "files: dataset_x.json. Name"
     yield (lambda root: None), ["--root", "/nowhere"], "/nowhere has these .json files: none"
     yield (lambda root: None), ["--false", 0], "--false 0 must be at least 1"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -369,6 +370,15 @@ def test_files_are_read_once(tmp_path):
         assert read() == calls_now == read()
     args.out, shape = str(tmp_path / "other"), (3, 3, 3)
     assert read() == 12 and not list(tmp_path.rglob(f"*.{os.getpid()}"))
+
+
+def test_two_images_of_one_name_are_a_mistake(tmp_path):
+    argv = prepare(tmp_path, "vqav2", files_of("vqav2", 20))
+    image = next(tmp_path.rglob("*.jpg"))
+    (tmp_path / "thumbs").mkdir()
+    shutil.copy(image, tmp_path / "thumbs")
+    with pytest.raises(UserError, match=f"several files have the name {image.name}"):
+        tv.load_data(tv.parse_args(argv))
 
 
 def test_broken_and_missing_images_are_named(tmp_path, capsys):
