@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from huggingface_hub import errors, hf_hub_download, hf_hub_url, utils
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,12 +35,6 @@ from transformers import AutoConfig, AutoModel
 
 FROZEN = ("random", "shuffled", "pretrained")
 KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
-
-
-# What transformers raises on an impossible config.json, and what reading files raises besides.
-MISFIT = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError)
-MISFIT += (AssertionError, errors.StrictDataclassError)
-DAMAGE = (*MISFIT, errors.HTTPError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -105,7 +98,7 @@ class LLMBlock(nn.Module):
                 llm = AutoModel.from_config(config, dtype=torch.float32)
             stacks = [(k, m) for k, m in llm.named_modules() if isinstance(m, nn.ModuleList)]
             path, stack = next((k, m) for k, m in stacks if len(m) == n)
-        except (*MISFIT, StopIteration) as e:
+        except Exception as e:  # an impossible config.json may raise anything
             raise UserError(f"{root}: config.json does not give {n} layers: {e!r}") from e
         self.rope_args = [()] * len(indices)
         if hasattr(llm, "rotary_emb"):
@@ -138,7 +131,7 @@ class LLMBlock(nn.Module):
         try:
             every = torch.ones(1, 5, dtype=torch.bool)  # to mask nothing must change nothing
             y, z = self._run_layers(x, None), self._run_layers(x[:, order], every)
-        except MISFIT as e:  # ALiBi, recurrence, ...
+        except Exception as e:  # ALiBi, recurrence, ...
             raise UserError(f"{config.model_type}: a layer does not run alone: {e}") from e
         if not y.isfinite().all():
             raise UserError(f"{config.model_type}: a layer's weights or outputs are not finite")
@@ -177,8 +170,8 @@ class LLMBlock(nn.Module):
 
     def stages(self, x, mask=None):
         """What forward computes on its way: host (B, N, dim), proj_in, attention, ffn (B, N, D),
-        proj_out (B, N, dim). attention and ffn are the residual stream of the last layer behind
-        its attention and behind its FFN; a kind without layers has no such stages.
+        proj_out (B, N, dim). attention and ffn are the residual stream of the last layer after
+        its attention and after its FFN; a kind without layers has no such stages.
         """
         seen = {"host": x}
         if self.kind != "none":
@@ -254,6 +247,38 @@ def count_gflops(module, *inputs):
     return counter.get_total_flops() / 1e9
 
 
+# ---------------------------------------------------------------- checkpoints and mistakes
+
+
+def fail(message):
+    print("error:", UserError(message), file=sys.stderr)  # on one line
+    sys.exit(2)
+
+
+def save(state, path):
+    """Write a checkpoint wholly or not at all."""
+    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
+
+
+def read(path, mmap=False):
+    """What torch.save wrote to a file: nothing but tensors and plain values."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():  # torch.load does not look
+                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as e:  # a damaged file may raise anything
+        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
+        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
+
+
 # ---------------------------------------------------------------- reading one layer, no more
 
 
@@ -265,7 +290,7 @@ def find_llm(llm):
         if repo:  # the cache keeps each commit in a folder named by its hash
             root = Path(hf_hub_download(repo, "config.json")).parent
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except DAMAGE as e:
+    except Exception as e:
         raise UserError(f"{llm} is no directory or hub model with a known config: {e}") from e
     text = config.get_text_config()
     if config.is_encoder_decoder or not hasattr(text, "num_hidden_layers"):
@@ -283,9 +308,9 @@ def load_layer(layer, root, repo, prefix):
         if repo:
             files = {"model.safetensors": fetch_layer(root, repo, prefix, names)}
         places = locate(files.get, prefix, names)
-        tensors = {name: read_file(*place) for name, place in places.items()}
-        layer.load_state_dict(tensors, assign=True)
-    except DAMAGE as e:
+        values = {name: read_file(*place) for name, place in places.items()}
+        layer.load_state_dict(values, assign=True)
+    except Exception as e:
         raise UserError(f"{repo or root}: no weights that fit config.json: {e}") from e
 
 
@@ -314,7 +339,7 @@ def match(keys, prefix, names):
 
 
 def read_file(file, key=None):
-    """One tensor (or all names), the file being mapped only meanwhile: memory holds no more."""
+    """One tensor (or all names). The file is only mapped, so memory holds no more than that."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
             return f.get_tensor(key) if key else list(f.keys())
@@ -421,5 +446,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        print("error:", e, file=sys.stderr)
-        sys.exit(2)
+        fail(e)

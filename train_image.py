@@ -1,8 +1,8 @@
-"""Image classification: a DeiT-style ViT with one frozen LLM block behind its last layer.
+"""Image classification: a DeiT-style ViT with one frozen LLM block after its last layer.
 
     python train_image.py --block none random pretrained     # three arms on toy images, offline
     python train_image.py --data cifar10 --epochs 20 --lr 1e-3 --block none random pretrained
-    python train_image.py --data folder --root DIR           # DIR/train/<class>/, DIR/val/<class>/
+    python train_image.py --data folder --root DIR           # DIR/train/CLASS/, DIR/val/CLASS/
     torchrun --nproc-per-node=4 train_image.py ...           # several GPUs, the same batches
 
 The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A100; not run here):
@@ -29,13 +29,10 @@ import argparse
 import json
 import math
 import os
-import pickle
 import platform
 import sys
 import time
-import zipfile
 from datetime import timedelta
-from operator import gt
 from pathlib import Path
 
 import torch
@@ -51,11 +48,12 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "image", gt  # best.pt is best in the first metric on validation
+TASK, SIGN = "image", 1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # DeiT's widths (https://arxiv.org/abs/2012.12877); micro is ours, for small images on a laptop.
 MODELS = {
@@ -81,7 +79,7 @@ def parse_args(argv=None):
     args.size = args.size or MODELS[args.model]["size"]
     args.patch = args.patch or MODELS[args.model]["patch"]
     if min(args.size, args.patch) < 1 or args.size % args.patch:
-        raise UserError(f"--size {args.size} is no multiple of --patch {args.patch}")
+        raise UserError(f"--size {args.size} is not a multiple of --patch {args.patch}")
     if args.data in ROBUST and not args.eval:
         raise UserError(f"--data {args.data} is a test set: give a checkpoint with --eval")
     return args
@@ -90,10 +88,7 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- data
 
 
-# The 15 corruptions of ImageNet-C's mean; its folder "extra" holds four more that do not count.
-CORRUPTIONS = "gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur "
-CORRUPTIONS += "zoom_blur snow frost fog brightness contrast elastic_transform pixelate "
-CORRUPTIONS += "jpeg_compression"
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # ImageNet-C's, not in its mean
 
 TOY_COLOURS = {"red": (220, 50, 40), "green": (50, 190, 60), "blue": (50, 80, 220)}
 TOY_SHAPES = ("disc", "frame", "triangle", "cross")
@@ -144,9 +139,9 @@ def to_rgb(image):
 class Images(Dataset):
     """n images x, uint8 (n, 3, S, S) in memory or a list of files, and their labels y.
 
-    Without a transform they are used as they are. With one, workers decode and transform: they are
-    asked for (index, seed), so augmentation depends neither on workers nor on processes. A broken
-    file becomes a black image with label -1, which no loss and no metric counts.
+    Without a transform they are used as they are. With one, workers decode and transform. Samples
+    are requested by (index, seed), so augmentation depends neither on workers nor on processes. A
+    broken file becomes a black image with label -1, which no loss and no metric counts.
     """
 
     def __init__(self, x, y, transform=None):
@@ -165,8 +160,8 @@ class Images(Dataset):
             try:
                 with Image.open(image) as file:
                     image = to_rgb(file)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-                print(f"skipped {image}: {e}", file=sys.stderr)
+            except Exception as e:  # a broken file may raise anything
+                print(f"skipped {image}: {type(e).__name__}: {e}", file=sys.stderr)
                 return self.transform(Image.new("RGB", (32, 32))), -1
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU alone
@@ -212,12 +207,13 @@ def load_data(args, meta=None):
     if args.data in ROBUST:
         names, sets = meta["classes"], [root]
         if args.data == "imagenet-c":  # <corruption>/<severity>/<class>/, perhaps further down
-            sets = [p for p in root.glob("**/[1-5]") if p.parent.name in CORRUPTIONS.split()]
+            sets = [p for p in root.glob("**/[1-5]") if p.parent.name not in EXTRA]
         if not sets:
             raise UserError(f"{root}: no <corruption>/<severity 1 to 5>/<class>/ folders in it")
         test = crop(S, 0 if args.data == "imagenet-c" else S * 256 // 224)
         test = [read_folder(p, S, args.workers, names, test)[0] for p in sets]
-        return {"test": test, "sizes": f"{sum(map(len, test))} test images in {len(sets)} sets"}
+        sizes = f"{sum(map(len, test))} test images in {len(sets)} sets"
+        return {"test": test, "meta": meta, "sizes": sizes}
     if args.data == "toy":
         parts = [draw_toy(1000, seed, S)[:2] for seed in range(12)]  # each fits the CPU's cache
         x, y = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -259,14 +255,16 @@ def to_squares(x, S):
 
 
 def train_transform(S, recipe):
-    """For one image. RandAugment's 27 of torchvision's 30 is timm's m9 of 10, increasing."""
-    crop = v2.RandomResizedCrop(S, interpolation=v2.InterpolationMode.BICUBIC)
-    steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip()]
-    return v2.Compose(steps + [v2.RandAugment(2, 27)] * (recipe == "deit"))
+    """For one image. Magnitude 27 of torchvision's 30 stands for timm's m9 of 10, increasing."""
+    resized = v2.RandomResizedCrop(S, interpolation=v2.InterpolationMode.BICUBIC)
+    steps = [v2.PILToTensor(), resized, v2.RandomHorizontalFlip()]
+    if recipe == "deit":
+        steps.append(v2.RandAugment(2, 27))
+    return v2.Compose(steps)
 
 
 def train_batches(data, args, gen):
-    """Yield an epoch of x float (b, 3, S, S) and targets (b, C), decided by the generator alone."""
+    """Yield an epoch of x float (B, 3, S, S) and targets (B, C), decided by the generator alone."""
     images, C = data["train"], len(data["meta"]["classes"])
     n, B = len(images), min(args.batch_size, len(images) // WORLD * WORLD)
     order = torch.randperm(n, generator=gen)
@@ -346,8 +344,10 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
         self.norm, self.head = nn.LayerNorm(D, eps=1e-6), nn.Linear(D, C)
         weights = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
-        self.llm = llm  # behind the line above: its weights are not ours to initialise, ...
-        if llm.kind != "none":  # ... but for the projections, as in the released image code
+        # Assigned after that list: of the LLM block, only the projections are initialised here, as
+        # in the released image code.
+        self.llm = llm
+        if llm.kind != "none":
             weights += [llm.proj_in.weight, llm.proj_out.weight]
         for w in [self.pos, *weights]:
             nn.init.trunc_normal_(w, std=0.02)
@@ -431,7 +431,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -449,15 +449,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -483,47 +483,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -539,8 +507,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -559,14 +554,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -575,47 +569,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -667,7 +639,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -698,5 +670,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

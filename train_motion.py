@@ -18,8 +18,8 @@ Each run ends with a line `RESULT {json}`. Its checkpoint is chosen on scenes he
 test scenes (val) are used once. The same command again resumes, or prints what is done.
 
 Differs from the paper, which describes neither its K = 6 head nor its loss: see NOTE(paper). The
-global attention is a transformer layer; nodes are not hidden and guessed, as VectorNet does to help
-training; scenes are mirrored, turned and scaled; gradients are clipped at norm 1; a tenth of train
+global attention is a transformer layer; VectorNet's auxiliary task, to complete hidden nodes, is
+left out; scenes are mirrored, turned and scaled; gradients are clipped at norm 1; a tenth of train
 selects the epoch.
 Letters: B batch, R polylines of many scenes, N of one scene (tokens), V vectors of a polyline, H
 observed and T future steps (10 a second), K modes, D width.
@@ -33,14 +33,11 @@ import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import sys
 import time
-import zipfile
 from datetime import timedelta
 from importlib.util import find_spec
-from operator import lt
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -51,14 +48,15 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "motion", lt  # best.pt is best in the first metric on validation
+TASK, SIGN = "motion", -1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # small is VectorNet (https://arxiv.org/abs/2005.04259), W the width of its subgraph layers; micro
 # is ours, for a laptop.
@@ -74,8 +72,6 @@ TYPES = (  # of polylines: Argoverse 1's agents, then Argoverse 2's, then lanes
     "background", "construction", "riderless_bicycle", "unknown", "lane", "intersection",
 )  # fmt: skip
 AGENT, OTHERS, LANE, INTERSECTION = map(TYPES.index, ("AGENT", "OTHERS", "lane", "intersection"))
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)
-BROKEN += (ElementTree.ParseError,)
 
 
 def parse_args(argv=None):
@@ -83,8 +79,14 @@ def parse_args(argv=None):
     p.add_argument("--data", choices=STEPS, default="toy", help="toy is drawn by the script")
     p.add_argument("--root", default="data", help="directory of the data")
     p.add_argument("--map", metavar="PATH", help="of argoverse1: .xml or .json, or a directory")
-    p.add_argument("--others", action="store_true", help="learn from all who move, not one a scene")
-    p.add_argument("--hide", nargs="+", choices=NEAR, default=[], help="from the model: a control")
+    p.add_argument("--others", action="store_true", help="also learn from every other moving agent")
+    p.add_argument(
+        "--hide",
+        nargs="+",
+        choices=NEAR,
+        default=[],
+        help="hide lanes or agents from the model (a control)",
+    )
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: small")
     p.set_defaults(epochs=6, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=1)
     args = finish_args(p, argv)
@@ -201,8 +203,8 @@ def read_map(path, n):
 
 def read_scene(path, maps, H, T, others=False):
     """A scene of Argoverse 1 (.csv) or 2 (.parquet) as make_scene returns it, with the lanes of the
-    maps; a scene of Argoverse 1 takes those maps which have its city in their names. It stands in a
-    list: if others, followed by the same scene with each other agent who moves as the target.
+    maps (in Argoverse 1, of those with its city in their names). Returns a list: that scene and, if
+    others, the same scene with each other moving agent as the target.
     """
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -244,7 +246,7 @@ def read_scene(path, maps, H, T, others=False):
     lanes = [(np.zeros((0, H, 2)), np.zeros(0, dtype=int))] + [read_map(m, H) for m in maps]
     lanes = [np.concatenate(column) for column in zip(*lanes, strict=True)]
     scenes = [make_scene(tracks, types, *lanes, H, heading)]
-    # Argoverse 1: 2,862 targets more than 1,050; minADE6 on scenes held out 1.15, not 1.27 m.
+    # Argoverse 1: 2,862 more targets for 1,050 scenes; held-out minADE6 falls from 1.27 to 1.15 m.
     moves = np.hypot(*(tracks[:, H - 1] - tracks[:, H - 11]).T) > 2  # metres in a second
     for i in np.flatnonzero(moves & np.isfinite(tracks[:, H - 11 :]).all((1, 2)) & others):
         if i > 0:
@@ -281,20 +283,12 @@ def make_scene(tracks, types, lanes, lane_types, H, heading=None):
     return points, types, future.astype(np.float32)
 
 
-class SceneReader(Dataset):
-    """Reads lists of scenes from pairs (path, maps); instead of a broken one comes None."""
-
-    def __init__(self, files, options):
-        self.files, self.options = files, options
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return read_scene(*self.files[i], *self.options)
-        except BROKEN as e:
-            print(f"skipped {self.files[i][0]}: {type(e).__name__}: {e}", file=sys.stderr)
+def read_or_skip(options, file):
+    """What read_scene returns for a file (path, maps), or None where it is broken."""
+    try:
+        return read_scene(*file, *options)
+    except Exception as e:  # a broken file may raise anything
+        print(f"skipped {file[0]}: {type(e).__name__}: {e}", file=sys.stderr)
 
 
 def pack(scenes):
@@ -356,7 +350,7 @@ def find_scenes(args):
         for path in maps:
             try:
                 read_map(path, STEPS[args.data][0])
-            except BROKEN as e:
+            except Exception as e:
                 raise UserError(f"--map {path} is no map: {type(e).__name__}: {e}") from e
     for split in ("train", "val"):
         if args.data == "argoverse2":
@@ -379,9 +373,9 @@ def load_scenes(files, args, name):
     key = hashlib.sha256(key).hexdigest()[:16]
     path = Path(args.out) / "cache" / f"{TASK}-{args.data}-{key}.pt"
     if not path.exists():
-        loader = DataLoader(SceneReader(files, options), None, num_workers=args.workers)
-        bar = tqdm(loader, f"reading {name}", disable=RANK > 0 or None)
-        scenes = [x and [[part.clone() for part in s] for s in x] for x in bar]  # off the workers
+        read_one = functools.partial(read_or_skip, options)
+        loader = DataLoader(files, None, collate_fn=read_one, num_workers=args.workers)
+        scenes = list(tqdm(loader, f"reading {name}", disable=HIDE_BAR))
         good = [x for x in scenes if x]
         check_broken(len(scenes) - len(good), len(scenes), name)
         if not good:
@@ -417,7 +411,7 @@ def load_data(args, meta=None):
         raise UserError(f"--map {args.map} has no lane near a scene; is _CITY_ in its name?")
     meta = meta or {"line": fit_line(data["train"]).tolist()}
     for name, modes in baselines(data["test"], torch.tensor(meta["line"])).items():
-        metrics = named(displacement(modes, data["test"].future).sum(0), len(modes), 1)
+        metrics = as_metrics(displacement(modes, data["test"].future).sum(0), len(modes), 1)
         sizes += f"\n{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics.items())
     if min(map(len, data.values())) < WORLD:
         raise UserError(f"{args.root}: {sizes} are too few")
@@ -509,7 +503,7 @@ class GlobalAttention(nn.Module):
     def forward(self, x, mask):
         B, N, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = x + self.out(y.transpose(1, 2).reshape(B, N, D))
         return x + self.mlp(self.norm2(x))
@@ -588,7 +582,7 @@ def displacement(modes, future):
     return torch.stack([distance.mean(1), final, (final > MISS).float()], dim=1)
 
 
-def named(sums, n, k):
+def as_metrics(sums, n, k):
     """The mean of n scenes' errors, summed (3), under the names of the metrics for k modes."""
     names = (f"minADE{k}", f"minFDE{k}", f"MR{k}")
     means = (sums / n * torch.tensor([1, 1, 100])).tolist()  # metres, metres, percent
@@ -607,7 +601,7 @@ def evaluate(model, sets, args):
         first = modes[torch.arange(len(x)), confidence.argmax(1)][:, None]
         sums += torch.stack([displacement(k, future).sum(0) for k in (modes, first)])
     sums = all_sum(sums).cpu()
-    return named(sums[0], len(scenes), K) | named(sums[1], len(scenes), 1)
+    return as_metrics(sums[0], len(scenes), K) | as_metrics(sums[1], len(scenes), 1)
 
 
 # ---------------------------------------------------------------- the same in every script
@@ -627,7 +621,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -645,15 +639,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -679,47 +673,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -735,8 +697,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -755,14 +744,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -771,47 +759,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -863,7 +829,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -894,5 +860,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

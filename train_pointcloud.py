@@ -1,4 +1,4 @@
-"""Point-cloud classification: Point-BERT with one frozen LLM block behind its last layer.
+"""Point-cloud classification: Point-BERT with one frozen LLM block after its last layer.
 
     python train_pointcloud.py --block none random pretrained    # three arms on toy shapes, offline
     python train_pointcloud.py --data off --root ModelNet40      # CLASS/{train,test}/*.off
@@ -8,9 +8,10 @@
 
 The paper's run (Table 2; ScanObjectNN T50 83.1 -> 83.8; 6 to 10 hours on 4 A100; not run here):
 
-    python train_pointcloud.py --data scanobjectnn --variant t50 --root h5_files --model small \\
-        --init Point-BERT.pth --llm huggyllama/llama-7b --block none random pretrained \\
-        --epochs 300 --warmup 10 --batch-size 32 --lr 5e-4 --weight-decay 0.05
+    torchrun --nproc-per-node=4 train_pointcloud.py --data scanobjectnn --variant t50 \\
+        --root h5_files --model small --init Point-BERT.pth --llm huggyllama/llama-7b \\
+        --block none random pretrained --epochs 300 --warmup 10 --batch-size 32 --lr 5e-4 \\
+        --weight-decay 0.05
 
 Each run ends with a line `RESULT {json}`. Its checkpoint is chosen on clouds held out of train; the
 test clouds are used once. The same command again resumes, or prints what is done.
@@ -23,17 +24,15 @@ Letters: B batch, P points, G groups, K points in a group, N tokens, D width, C 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
-import pickle
 import platform
 import sys
 import time
-import zipfile
 import zlib
 from datetime import timedelta
-from operator import gt
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +42,16 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "pointcloud", gt  # best.pt is best in the first metric on validation
+TASK, SIGN = "pointcloud", 1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # small is Point-BERT (https://arxiv.org/abs/2111.14819), W the width of its mini-PointNet; micro is
 # ours, for a laptop.
@@ -89,7 +89,7 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- data
 
 
-# Each toy object is made of parts: (surface, scale, place). The parts are known, for visualize.py.
+# Each toy object is made of parts (surface, scale, place); draw_toy also tells the part of a point.
 TOY = {
     "ball": [("sphere", (1, 1, 1), (0, 0, 0))],
     "box": [("cube", (0.8, 0.8, 0.8), (0, 0, 0))],
@@ -161,8 +161,8 @@ def to_unit_sphere(x):
 
 
 def farthest_points(x, n):
-    """Farthest-point sampling: indices (B, n) into x (B, P, 3). Each point is the farthest from all
-    before it, the first the farthest from the origin: the order of x plays no role.
+    """Farthest-point sampling: indices (B, n) into x (B, P, 3). Each point is the farthest from
+    those picked before, the first is the farthest from the origin: the order of x plays no role.
     """
     x, cloud, picked = x.transpose(1, 2).contiguous(), torch.arange(len(x), device=x.device), []
     farthest, distance = x.square().sum(1).argmax(1), torch.inf  # (B), squared
@@ -197,43 +197,37 @@ def read_off(path, n=8192):
     return (1 - v) * a[face] + v * (1 - w) * b[face] + v * w * c[face]
 
 
-class Reader(Dataset):
-    """Reads clouds (P or more, 3) from files or array rows; a broken one comes with the label -1.
+def read_cloud(P, pair):
+    """The cloud (P or more, 3) of a pair (file or array, label), and its label: -1 if broken.
 
     Of larger clouds the paper's code keeps the 1200 (4800, 8192) mutually farthest points, to draw
     1024 (4096, 8192) of them anew in every epoch; the first so many are tested.
     """
-
-    def __init__(self, sources, labels, P):
-        self.sources, self.labels, self.P = sources, labels, P
-
-    def __len__(self):
-        return len(self.sources)
-
-    def __getitem__(self, i):
-        x = self.sources[i]
-        try:
-            if isinstance(x, Path):
-                columns = {"delimiter": ",", "usecols": (0, 1, 2), "ndmin": 2}
-                x = read_off(x) if x.suffix == ".off" else np.loadtxt(x, **columns)
-            x = torch.as_tensor(x, dtype=torch.float32)
-            if len(x) < self.P or not x.isfinite().all():
-                raise ValueError(f"{len(x)} points, {self.P} finite ones are needed (--points)")
-        except (OSError, ValueError, IndexError, OverflowError) as e:
-            what = self.sources[i] if isinstance(self.sources[i], Path) else f"cloud {i}"
-            print(f"skipped {what}: {e}", file=sys.stderr)
-            return torch.zeros(1, 3), -1
-        x, spare = to_unit_sphere(x), self.P * 75 // 64 if self.P < 8192 else self.P
-        if len(x) > self.P:
-            x = x[farthest_points(x[None], min(len(x), spare))[0]]
-        return x, int(self.labels[i])
+    source, label = pair
+    try:
+        x = source
+        if isinstance(source, Path):
+            columns = {"delimiter": ",", "usecols": (0, 1, 2), "ndmin": 2}
+            x = read_off(source) if source.suffix == ".off" else np.loadtxt(source, **columns)
+        x = torch.as_tensor(x, dtype=torch.float32)
+        if len(x) < P or not x.isfinite().all():
+            raise ValueError(f"{len(x)} points, {P} finite ones are needed (--points)")
+    except Exception as e:  # a broken file may raise anything
+        what = source if isinstance(source, Path) else "a cloud"
+        print(f"skipped {what}: {type(e).__name__}: {e}", file=sys.stderr)
+        return torch.zeros(1, 3), -1
+    x, spare = to_unit_sphere(x), P * 75 // 64 if P < 8192 else P
+    if len(x) > P:
+        x = x[farthest_points(x[None], min(len(x), spare))[0]]
+    return x, int(label)
 
 
-def read_clouds(sources, labels, args, name):
-    """The pairs (cloud, label) of what is not broken."""
+def read_clouds(pairs, args, name):
+    """Pairs (cloud, label) of pairs (file or array, label), without the broken ones."""
     workers = args.workers if args.data != "toy" else 0
-    loader = DataLoader(Reader(sources, labels, args.points), None, num_workers=workers)
-    bar = tqdm(loader, f"reading {name}", disable=RANK > 0 or None)
+    read_one = functools.partial(read_cloud, args.points)
+    loader = DataLoader(pairs, None, collate_fn=read_one, num_workers=workers)
+    bar = tqdm(loader, f"reading {name}", disable=HIDE_BAR)
     pairs = [(x.clone(), y) for x, y in bar]  # a copy: the workers' memory is scarce
     good = [(x, y) for x, y in pairs if y >= 0]
     check_broken(len(pairs) - len(good), len(pairs), name)
@@ -313,8 +307,8 @@ def load_data(args, meta=None):
     chosen = {"train": order[held_out:], "val": order[:held_out], "test": test_order}
     for name, indices in chosen.items():
         sources, labels = found[name == "test"]
-        picked = [[column[i] for i in indices[: args.limit]] for column in (sources, labels)]
-        data[name] = read_clouds(*picked, args, name)
+        pairs = [(sources[i], labels[i]) for i in indices[: args.limit]]
+        data[name] = read_clouds(pairs, args, name)
     sizes = ", ".join(f"{len(data[name])} {name}" for name in chosen)
     sizes += f" clouds of {args.points} points, {len(names)} classes"
     if min(len(data[name]) for name in chosen) < WORLD:
@@ -323,7 +317,7 @@ def load_data(args, meta=None):
 
 
 def train_batches(data, args, gen):
-    """Yield an epoch of x (b, P, 3) and labels (b), decided by the generator alone."""
+    """Yield an epoch of x (B, P, 3) and labels (B), decided by the generator alone."""
     pairs, P = data["train"], args.points
     B = min(args.batch_size, len(pairs) // WORLD * WORLD)
     for batch in torch.randperm(len(pairs), generator=gen)[: len(pairs) // B * B].split(B):
@@ -341,7 +335,7 @@ def train_batches(data, args, gen):
 @torch.no_grad()
 def group(x, G, K):
     """x (B, P, 3) -> G mutually far centres (B, G, 3), and around each the nearest K points, as
-    seen from it (B, G, K, 3). What points have besides their place stays as it is.
+    seen from it (B, G, K, 3). Further columns stay unchanged.
     """
     cloud = torch.arange(len(x), device=x.device)[:, None]
     places = x[..., :3]
@@ -448,7 +442,7 @@ class PointBERT(nn.Module):
         return self.head(torch.cat([x[:, 0], x[:, 1:].amax(1)], dim=1))  # (B, C)
 
 
-# The published file also holds accuracies, as NumPy's numbers; its NumPy had another module's name.
+# The published file also holds accuracies as NumPy numbers; older NumPy had another module name.
 SCALAR = np._core.multiarray.scalar
 NUMPY = [SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]
 # Names in the published file, and here.
@@ -554,7 +548,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -572,15 +566,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -606,47 +600,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -662,8 +624,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -682,14 +671,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -698,47 +686,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -790,7 +756,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -821,5 +787,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Image-text retrieval: co-attention with one frozen LLM block behind it ranks every pair.
+"""Image-text retrieval: co-attention with one frozen LLM block after it ranks every pair.
 
     python train_retrieval.py --block none random pretrained   # three arms on a toy, offline
     python train_retrieval.py --data karpathy --root DIR       # Flickr8k, Flickr30k or COCO
@@ -19,34 +19,32 @@ here):
 
 Each run ends with a line `RESULT {json}`: ir1, ir5, ir10 is how often (percent) a caption finds its
 image among the first 1, 5, 10, and tr1, tr5, tr10 how often an image finds one of its captions.
-The same command again resumes, or prints what is done.
+Its checkpoint is chosen on validation; the test images are used once. The same command again
+resumes, or prints what is done.
 
 Differs from the paper: METER trains on train and val, and validates on test; its false captions
 may be the image's own; its ITM fuses images and captions once more; its images have 384 pixels, in
-their own proportions and augmented, here they are squeezed into a square. Letters: B batch, K
-captions of an image (1 true, 15 false), N visual and M text tokens, D width, S side of an image, n
-images and C captions of a gallery.
+their own proportions and augmented, here they are squeezed into a square.
+Letters: B batch, K captions of an image (1 true, 15 false), N visual and M text tokens, D width, S
+side of an image, n images and C captions of a gallery.
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
 import sys
 import time
-import zipfile
 from collections import Counter
 from datetime import timedelta
-from operator import gt
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,15 +52,17 @@ import transformers
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "retrieval", gt  # best.pt is best in the first metric on validation
+TASK, SIGN = "retrieval", 1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # base has METER's width and depth (https://arxiv.org/abs/2111.02387); depth layers see before the
 # fusion layers see and read. micro is ours.
@@ -75,8 +75,6 @@ MODELS = {
 LONGEST = 40  # tokens of a caption, METER's
 VALIDATE = 100  # images: all pairs of Flickr30k's 1,000 would take about as long as an epoch
 PAIRS = 256  # scored at a time: 50,000 visual tokens of base, enough work for a GPU
-BROKEN = (OSError, ValueError, LookupError, TypeError, SyntaxError, EOFError)
-BROKEN += (zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 def parse_args(argv=None):
@@ -86,14 +84,14 @@ def parse_args(argv=None):
     p.add_argument("--json", metavar="NAME", help="Karpathy's file, where DIR has several")
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: base")
     p.add_argument("--size", type=int, help="side of the images (default: the model's)")
-    p.add_argument("--vision", metavar="NAME", help="a pre-trained one: openai/clip-vit-...")
-    p.add_argument("--text", metavar="NAME", help="a pre-trained one: roberta-base")
+    p.add_argument("--vision", metavar="NAME", help="pre-trained image encoder: openai/clip-...")
+    p.add_argument("--text", metavar="NAME", help="pre-trained text encoder: roberta-base")
     p.add_argument("--false", type=int, help="captions to rank a true one with (toy: 3, paper: 15)")
     p.set_defaults(epochs=4, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.5)
     args = finish_args(p, argv)
     args.size = args.size or MODELS[args.model]["S"]
     if args.size < 1 or (args.size % MODELS[args.model]["patch"] and not args.vision):
-        raise UserError(f"--size {args.size} is no multiple of {MODELS[args.model]['patch']}")
+        raise UserError(f"--size {args.size} is not a multiple of {MODELS[args.model]['patch']}")
     args.false = (3 if args.data == "toy" else 15) if args.false is None else args.false
     if args.false < 1:
         raise UserError(f"--false {args.false} must be at least 1")
@@ -146,7 +144,7 @@ def draw_toy(n, seed, S):
 
 
 def tell_toy(objects, rng):
-    """A caption of objects (name, (row, column)) in any order: how the first lies to all others."""
+    """A caption of objects (name, (row, column)): the first of any order, and where others are."""
     (text, (row, column)), *others = rng.sample(objects, len(objects))
     for i, (name, (r, c)) in enumerate(others):
         sides = ["left of" if column < c else "right of"] * (column != c)
@@ -180,12 +178,13 @@ def read_karpathy(args):
         raise UserError(f"{args.root} has these .json files: {found}. Name Karpathy's with --json")
     try:
         for image in json.loads(files[name].read_text("utf-8-sig"))["images"]:
-            split = {"restval": "train"}.get(image["split"], image["split"])
+            split = "train" if image["split"] == "restval" else image["split"]
             row = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
             if not all(isinstance(text, str) for text in (split, row[0], *row[1])):
                 raise TypeError(f"{row} is not all text")
-            splits.setdefault(split, []).extend([row] * bool(row[1]))
-    except BROKEN as e:
+            if row[1]:  # images without captions are left out
+                splits.setdefault(split, []).append(row)
+    except Exception as e:
         raise UserError(f"{files[name]} is not in Karpathy's format: {e!r}") from e
     if not (splits.get("train") and splits.get("test")):
         found = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) or "none"
@@ -206,21 +205,16 @@ def read_image(path, shape):
     return v2.functional.pil_to_tensor(image)
 
 
-class Decoder(Dataset):
-    """Pairs of decode(file, shape) and 1; of zeros and 0 where the file is broken."""
-
-    def __init__(self, files, decode, shape, dtype):
-        self.files, self.decode, self.shape, self.dtype = files, decode, shape, dtype
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
+def decode_some(decode, shape, dtype, files):
+    """decode(file, shape) of some files, zeros where one is broken; and which are good, 1 or 0."""
+    x = torch.zeros(len(files), *shape, dtype=dtype)
+    good = torch.zeros(len(files), dtype=torch.uint8)
+    for i, file in enumerate(files):
         try:
-            return self.decode(self.files[i], self.shape), torch.tensor(1, dtype=torch.uint8)
-        except BROKEN as e:
-            print(f"skipped {self.files[i]}: {type(e).__name__}: {e}", file=sys.stderr)
-            return torch.zeros(self.shape, dtype=self.dtype), torch.tensor(0, dtype=torch.uint8)
+            x[i], good[i] = decode(file, shape), 1
+        except Exception as e:  # a broken file may raise anything
+            print(f"skipped {file}: {type(e).__name__}: {e}", file=sys.stderr)
+    return x, good
 
 
 def decode_once(files, decode, shape, dtype, args):
@@ -231,23 +225,23 @@ def decode_once(files, decode, shape, dtype, args):
     stats = [(str(p), p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
     key = repr([inspect.getsource(decode), shape, stats]).encode()
     path = Path(args.out) / "cache" / f"{TASK}-{hashlib.sha256(key).hexdigest()[:16]}.bin"
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        if not path.exists():
-            loader = DataLoader(Decoder(files, decode, shape, dtype), 8, num_workers=args.workers)
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        some = functools.partial(decode_some, decode, shape, dtype)
+        loader = DataLoader(files, 8, collate_fn=some, num_workers=args.workers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part, good = path.with_suffix(f".{os.getpid()}"), []
+        try:
             with part.open("wb") as file:
-                bar = tqdm(loader, f"reading {args.root}", disable=RANK > 0 or None)
-                good = [(file.write(x.numpy()), good)[1] for x, good in bar]
+                for x, fine in tqdm(loader, f"reading {args.root}", disable=HIDE_BAR):
+                    file.write(x.numpy())
+                    good.append(fine)
                 file.write(torch.cat(good).numpy())
-        mapped = part if part.exists() else path
-        rows = torch.from_file(str(mapped), size=mapped.stat().st_size, dtype=torch.uint8)
-        good = rows[-len(files) :] > 0
-        check_broken(len(good) - int(good.sum()), len(good), args.root)
-        if part.exists():
             os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
+    rows = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    good = rows[-len(files) :] > 0
+    check_broken(len(good) - int(good.sum()), len(good), args.root)
     return rows[: -len(files)].view(dtype).view(-1, *shape), good
 
 
@@ -265,13 +259,10 @@ def tokenise(texts, words, longest, args):
     else:
         number = {word: i for i, word in enumerate(words, 2)}
         lists = [[0, *(number.get(word, 1) for word in split_words(text))] for text in texts]
-    lengths = np.array([len(ids) for ids in lists])
-    ids = np.full((len(lists), min(longest, lengths.max())), -1, dtype=np.int32)
-    for row, tokens in zip(ids, lists, strict=True):
-        row[: len(tokens)] = tokens[:longest]
-        if args.text and len(tokens) > longest:
-            row[-1] = tokens[-1]  # which closes a text
-    return torch.from_numpy(ids), int((lengths > longest).sum())
+    end = lists[0][-1:] if args.text else []  # which closes a text
+    cut = [[*ids[: longest - len(end)], *end] if len(ids) > longest else ids for ids in lists]
+    rows = [torch.tensor(ids, dtype=torch.int32) for ids in cut]
+    return pad_sequence(rows, True, -1), sum(len(ids) > longest for ids in lists)
 
 
 def trim(ids):
@@ -422,7 +413,7 @@ class Layer(nn.Module):
         x = x + self.drop(self.own(own, own, mask))
         if y is not None:
             x = x + self.drop(self.cross(self.norm3(x), self.norm4(y), y_mask))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))  # (B, N, D)
 
 
 class ImageEncoder(nn.Module):
@@ -499,7 +490,7 @@ class PretrainedText(nn.Module):
 class Retrieval(nn.Module):
     """METER: two streams that attend to themselves and to each other, poolers, two heads.
 
-    NOTE(paper): METER normalises behind, we in front of attention and FFN, to train from scratch.
+    NOTE(paper): METER is post-norm; this is pre-norm, which trains from scratch.
     """
 
     def __init__(self, vision, text, D, fusion, heads, dropout, llm):
@@ -507,7 +498,7 @@ class Retrieval(nn.Module):
         self.encode_images, self.encode_texts = vision, text
         self.seeing, self.reading = (
             nn.ModuleList([Layer(D, heads, dropout, cross=True) for _ in range(fusion)])
-            for _ in "vt"
+            for _ in range(2)
         )
         self.norm, self.text_norm = nn.LayerNorm(D), nn.LayerNorm(D)
         self.pool, self.text_pool = nn.Linear(D, D), nn.Linear(D, D)
@@ -516,8 +507,8 @@ class Retrieval(nn.Module):
 
     def fuse(self, x, mask, t, t_mask):
         """Of pairs of tokens (B, N, D), (B, M, D): scores (B), and logits of no match, match."""
-        for see, read in zip(self.seeing, self.reading, strict=True):
-            x, t = see(x, mask, t, t_mask), read(t, t_mask, x, mask)
+        for image_layer, text_layer in zip(self.seeing, self.reading, strict=True):
+            x, t = image_layer(x, mask, t, t_mask), text_layer(t, t_mask, x, mask)
         x = self.llm(x, mask)  # the frozen LLM block: this line is the paper
         x, t = self.norm(x)[:, 0], self.text_norm(t)[:, 0]
         x = torch.cat([self.pool(x), self.text_pool(t)], dim=1).tanh().float()
@@ -541,8 +532,10 @@ def build_model(args, kind, seed, meta):
         vision = PretrainedVision(args.vision, c["D"])
     else:
         vision = ImageEncoder(**size, depth=c["depth"], S=args.size, patch=c["patch"])
-    text = PretrainedText(args.text, c["D"]) if args.text else None
-    text = text or TextEncoder(c["D"], len(meta["words"]), LONGEST)
+    if args.text:
+        text = PretrainedText(args.text, c["D"])
+    else:
+        text = TextEncoder(c["D"], len(meta["words"]), LONGEST)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     llm = LLMBlock(args.llm, c["D"], args.layers, kind, seed=seed, dtype=dtype)
     return Retrieval(vision, text, **size, fusion=c["fusion"], llm=llm)
@@ -574,7 +567,7 @@ def compute_loss(model, batch):
     """The true caption among K, and ITM: whether one of them, true or false, belongs to the image.
 
     As METER does, the sum, without the weight of 0.5 that its configuration has for ITM. Its ITM
-    fuses pairs of its own; ours are among those that are ranked, for a seventeenth less work.
+    fuses pairs of its own; ours reuses ranked ones, which saves a seventeenth of the work.
     """
     x, ids, judged = batch
     score, match = model(x, ids)
@@ -587,8 +580,8 @@ def recalls(scores, owner):
     """Percent: ir, captions that find their image among the first 1, 5, 10; tr, images that find
     one of their captions. scores are (n, C), owner (C) says whose the captions are.
 
-    A rank is the number of wrong ones that are not strictly worse than the best right one: who
-    scores everything alike has found nothing.
+    A rank is the number of wrong ones that are not strictly worse than the best right one: a model
+    that scores everything alike has found nothing.
     """
     right = owner == torch.arange(len(scores))[:, None]  # (n, C)
     own = scores.gather(0, owner[None])  # (1, C), each with its only image
@@ -616,8 +609,7 @@ def evaluate(model, sets, args):
             (c, *model.encode_texts(trim(s.ids[c]).to(device))) for c in by_length.split(PAIRS)
         ]
         images, start = torch.cat([x for x, _ in images]), time.perf_counter()  # (n, N, D)
-        hidden = RANK > 0 or None  # None: off a terminal
-        for i in tqdm(range(RANK, len(images), WORLD), f"scoring {s.split}", disable=hidden):
+        for i in tqdm(range(RANK, len(images), WORLD), f"scoring {s.split}", disable=HIDE_BAR):
             for c, t, t_mask in texts:
                 x = images[i].expand(len(c), -1, -1)
                 scores[i, c.to(device)] = model.fuse(x, None, t, t_mask)[0]
@@ -648,7 +640,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -666,15 +658,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -700,47 +692,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -756,8 +716,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -776,14 +763,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -792,47 +778,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -884,7 +848,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -915,5 +879,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

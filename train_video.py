@@ -1,4 +1,4 @@
-"""Action recognition: a VideoMAE-style ViT with one frozen LLM block behind its last layer.
+"""Action recognition: a VideoMAE-style ViT with one frozen LLM block after its last layer.
 
     python train_video.py --block none random pretrained    # three arms on toy clips, offline
     python train_video.py --data folder --root DIR          # DIR/{train,val}/CLASS/clip
@@ -9,7 +9,7 @@
 A clip is a .gif, a folder of frames, or with PyAV (pip install av) .mp4 .m4v .webm .avi .mkv .mov.
 
 The paper's Something-Something run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not
-run here). Its released code uses layer 15 of LLaMA-7B, not the last; its text says nothing of it:
+run here). Its released code uses layer 15 of LLaMA-7B, not the last; the paper does not say so:
 
     torchrun --nproc-per-node=4 train_video.py --data ssv2 --root DIR --model small \\
         --init videomae_small_ssv2.pth --llm huggyllama/llama-7b --layers 15 \\
@@ -28,17 +28,12 @@ import argparse
 import json
 import math
 import os
-import pickle
 import platform
 import re
-import struct
 import sys
 import time
-import zipfile
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import accumulate, islice, pairwise
-from operator import gt
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +51,12 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "video", gt  # best.pt is best in the first metric on validation
+TASK, SIGN = "video", 1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # VideoMAE's widths (https://arxiv.org/abs/2203.12602); micro is ours, for a laptop.
 MODELS = {
@@ -70,8 +66,6 @@ MODELS = {
 }
 VIDEOS = (".mp4", ".m4v", ".webm", ".avi", ".mkv", ".mov")  # read with PyAV
 FRAMES = (".jpg", ".jpeg", ".png")  # of a folder
-BROKEN = (OSError, ValueError, IndexError, RuntimeError, SyntaxError, Image.DecompressionBombError)
-BROKEN += (struct.error,)  # Pillow's, of a .gif cut in the middle
 
 
 def parse_args(argv=None):
@@ -86,7 +80,7 @@ def parse_args(argv=None):
     p.add_argument("--frames", type=int, help="of a clip (default: the model's)")
     p.add_argument("--views", default="2x3", help="tested views of a clip: temporal x spatial")
     p.add_argument("--recipe", choices=("light", "videomae"), default="light", help="augmentation")
-    p.add_argument("--no-flip", action="store_true", help="left is not right (ssv2, toy: always)")
+    p.add_argument("--no-flip", action="store_true", help="never mirror (as always: ssv2, toy)")
     p.add_argument("--layer-decay", type=float, default=1.0, help="paper: small 0.7, base 0.75")
     p.add_argument("--init", metavar="FILE", help="VideoMAE weights; with --recipe videomae")
     p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
@@ -149,52 +143,25 @@ def segment_frames(n, T):
 
 
 def view_frames(n, T, views):
-    """Frames (views, T) for testing: evenly spaced, the views between each other."""
+    """Frames (views, T) for testing: evenly spaced, the views interleaved."""
     offsets = (torch.arange(views)[:, None] + 0.5) / views
     return ((torch.arange(T) + offsets) * n / T).long()
 
 
-def decode(codec, packets):
-    """The frames of consecutive packets, of which the first is a key frame."""
-    codec.flush_buffers()
-    for packet in [*packets, None]:
-        yield from codec.decode(packet)
-
-
 def read_video(path, choose):
-    """choose(n), and those frames as {index: uint8 (H, W, 3)}. Whatever lies between two key frames
-    is decoded only if it holds a chosen frame, and no further than the last of them.
-    """
+    """choose(n), and those frames as {index: uint8 (H, W, 3)}; only they are converted to RGB."""
     import av
 
     try:
         with av.open(str(path)) as file:
-            codec, frames = file.streams.video[0].codec_context, {}
-            if codec is None:
-                raise ValueError("its codec is unknown")
-            rgb = av.video.reformatter.VideoReformatter()  # one for all: making it takes longest
-            packets = [p for p in file.demux(video=0) if p.size]  # compressed frames
-            # A packet shows nothing if an edit list cuts it off or VP8 hides it (RFC 6386, 9.1).
-            vp8 = codec.name == "vp8"
-            shown = [not (p.is_discard or vp8 and not memoryview(p)[0] & 16) for p in packets]
-            before = list(accumulate(shown, initial=0))  # of each packet: frames shown before it
-            choice, times = choose(before[-1]), [p.pts for p in packets]
-            # Decoding cannot start at a key frame before which a later packet is shown: an open
-            # GOP. The times of reordered frames in .avi are FFmpeg's guesses and do not tell.
-            if None in times or (file.format.name == "avi" and codec.has_b_frames):
-                times = []
-            ranks = enumerate(sorted(times))
-            keys = [i for i, t in ranks if t == times[i] and packets[i].is_keyframe]
-            for start, stop in pairwise(sorted({0, *keys, len(packets)})):
-                first = before[start]
-                if wanted := [i for i in choice.unique().tolist() if first <= i < before[stop]]:
-                    decoded = enumerate(decode(codec, packets[start:stop]), first)
-                    for i, frame in islice(decoded, wanted[-1] - first + 1):
-                        if i in wanted:
-                            frames[i] = rgb.reformat(frame, format="rgb24").to_ndarray()
+            frames = list(file.decode(video=0))
+            choice, rgb = choose(len(frames)), av.video.reformatter.VideoReformatter()
+            return choice, {
+                i: rgb.reformat(frames[i], format="rgb24").to_ndarray()
+                for i in choice.unique().tolist()
+            }
     except av.FFmpegError as e:
         raise ValueError(e) from e
-    return choice, frames
 
 
 def natural(path):
@@ -222,19 +189,18 @@ def read_clip(path, choose):
                 frames[i] = np.array(gif.convert("RGB"))
     else:
         choice, frames = read_video(path, choose)
-    # A packet may give no frame: then the nearest that was chosen is taken.
-    nearest = [min(frames, key=lambda k: abs(k - i)) for i in choice.flatten().tolist()]
-    x = torch.stack([torch.from_numpy(frames[i]) for i in nearest]).permute(0, 3, 1, 2)
+    x = torch.stack([torch.from_numpy(frames[i]) for i in choice.flatten().tolist()])
+    x = x.permute(0, 3, 1, 2)
     return x.unflatten(0, choice.shape)
 
 
 class Clips(Dataset):
     """Clips, uint8 (n, T, 3, S, S) in memory or a list of files, and their labels y (n).
 
-    Workers decode and transform files. They are asked for (index, seed), so augmentation depends
-    neither on workers nor on processes, and give V views of the clip, uint8 (V, T, 3, S, S), and
-    its label. views is (temporal, spatial), or None to train. A broken clip becomes a black one
-    with label -1, which no loss and no metric counts.
+    Workers decode and transform files. Samples are requested by (index, seed), so augmentation
+    depends neither on workers nor on processes. A sample is V views of a clip, uint8
+    (V, T, 3, S, S), and its label. views is (temporal, spatial), or None to train. A broken clip
+    becomes a black one with label -1, which no loss and no metric counts.
     """
 
     def __init__(self, clips, y, args, views=None):
@@ -256,20 +222,20 @@ class Clips(Dataset):
             torch.default_generator.manual_seed(seed)  # of the CPU alone
             try:
                 x, y = read_clip(clip, self.choose), int(self.y[i])
-            except BROKEN as e:
-                print(f"skipped {clip}: {e}", file=sys.stderr)
+            except Exception as e:  # a broken file may raise anything
+                print(f"skipped {clip}: {type(e).__name__}: {e}", file=sys.stderr)
                 x, y = torch.zeros(*self.choose(1).shape, 3, S, S, dtype=torch.uint8), -1
             if self.views:
                 return crops(x, S, self.views[1]), y
             return torch.stack([augment(view, self.args) for view in x]), y
 
-    def batches(self, pairs, size):
+    def batches(self, pairs, size, workers):
         """Yield x uint8 (size, V, T, 3, S, S) and y (size) for a list of pairs (index, seed)."""
         if torch.is_tensor(self.clips):
             for i in torch.tensor([i for i, _ in pairs]).split(size):
                 yield self.clips[i][:, None], self.y[i]
         else:
-            yield from DataLoader(self, size, sampler=pairs, num_workers=self.args.workers)
+            yield from DataLoader(self, size, sampler=pairs, num_workers=workers)
 
 
 def augment(x, args):
@@ -350,10 +316,10 @@ def load_data(args, meta=None):
     )
     held_out, sets = len(order) // 10, []
     chosen = [(order[held_out:], None), (order[:held_out], (1, 1)), (test_order, views)]
-    for (indices, views), (clips, y) in zip(chosen, [found[0], *found], strict=True):
+    for (indices, v), (clips, y) in zip(chosen, [found[0], *found], strict=True):
         indices = indices[: args.limit]
         clips = clips[indices] if torch.is_tensor(clips) else [clips[i] for i in indices]
-        sets.append(Clips(clips, [int(y[i]) for i in indices], args, views))
+        sets.append(Clips(clips, [int(y[i]) for i in indices], args, v))
     train, val, test = sets
     sizes = f"{len(train)} train, {len(val)} val, {len(test)} test clips, {len(names)} classes"
     if min(map(len, sets)) < WORLD:
@@ -375,14 +341,14 @@ def existing(pairs, names, root):
 
 
 def train_batches(data, args, gen):
-    """Yield an epoch of x float (b V, T, 3, S, S), targets (b V, C): the generator decides all."""
+    """Yield an epoch of x float (B V, T, 3, S, S), targets (B V, C): the generator decides all."""
     clips, C = data["train"], len(data["meta"]["classes"])
     n, B = len(clips), min(args.batch_size, len(clips) // WORLD * WORLD)
     order, seeds = torch.randperm(n, generator=gen), torch.randint(2**31, (n,), generator=gen)
     pairs = torch.stack([order, seeds], dim=1)[: n // B * B]  # whole batches only
     pairs = pairs[RANK::WORLD].tolist()  # each batch is shared among the processes
     broken = torch.zeros((), device=args.device)
-    for x, y in clips.batches(pairs, B // WORLD):
+    for x, y in clips.batches(pairs, B // WORLD, args.workers):
         V = x.shape[1]
         draw = torch.rand(1, B, V, generator=gen)[:, RANK::WORLD].flatten(1).to(args.device)
         x, y = x.flatten(0, 1).to(args.device), y.repeat_interleave(V).to(args.device)
@@ -484,7 +450,7 @@ RENAME = {
     "layernorm_before": "norm1", "layernorm_after": "norm2", "fc_norm": "norm",
 }  # fmt: skip
 UNUSED = ("decoder.", "encoder_to_decoder.", "mask_token", "head.", "classifier.", "encoder.norm.")
-UNUSED += ("videomae.layernorm.",)  # norms of every token: ours is behind the mean, like fc_norm
+UNUSED += ("videomae.layernorm.",)  # norms of every token: ours comes after the mean
 
 
 def init_from(path, model):
@@ -570,11 +536,11 @@ def evaluate(model, sets, args):
     model.eval()
     clips, counts = sets[0], torch.zeros(3, device=args.device)  # correct, among five, all
     pairs, V = [(i, 0) for i in range(RANK, len(clips), WORLD)], math.prod(clips.views)
-    for x, y in clips.batches(pairs, max(1, args.batch_size // V)):
+    for x, y in clips.batches(pairs, max(1, args.batch_size // V), args.workers):
         y = y.to(args.device)
         with autocast(args):
-            logits = model(prepare(x.flatten(0, 1).to(args.device), args))  # (b V, C)
-        p = logits.float().softmax(1).view(len(y), -1, logits.shape[1]).mean(1)  # (b, C)
+            logits = model(prepare(x.flatten(0, 1).to(args.device), args))  # (B V, C)
+        p = logits.float().softmax(1).view(len(y), -1, logits.shape[1]).mean(1)  # (B, C)
         hits = p.topk(min(5, p.shape[1])).indices == y[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), (y >= 0).sum()])
     counts = all_sum(counts)
@@ -600,7 +566,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -618,15 +584,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -652,47 +618,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -708,8 +642,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -728,14 +689,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -744,47 +704,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -836,7 +774,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -867,5 +805,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Visual question answering in 2D and 3D: co-attention with one frozen LLM block behind it.
+"""Visual question answering in 2D and 3D: co-attention with one frozen LLM block after it.
 
     python train_vqa.py --block none random pretrained        # three arms on toy images, offline
     python train_vqa.py --block none random pretrained --data toy3d         # ... on toy 3D scenes
@@ -14,9 +14,10 @@ left for it, validation is every tenth image or scene of train, with all its que
 The paper's runs (VQAv2 69.60 -> 70.23 on test-dev, 1 day on 4 A100; SQA3D 47.20 -> 48.09 EM@1;
 not run here):
 
-    python train_vqa.py --data vqav2 --root DIR --model base --llm huggyllama/llama-7b \\
-        --block none random pretrained --vision openai/clip-vit-base-patch32 --text roberta-base \\
-        --epochs 10 --batch-size 512 --lr 2.5e-5 --weight-decay 0.01 --warmup 1
+    torchrun --nproc-per-node=4 train_vqa.py --data vqav2 --root DIR --model base \\
+        --llm huggyllama/llama-7b --block none random pretrained \\
+        --vision openai/clip-vit-base-patch32 --text roberta-base --epochs 10 \\
+        --batch-size 512 --lr 2.5e-5 --weight-decay 0.01 --warmup 1
     python train_vqa.py --data sqa3d --root DIR --model base --llm huggyllama/llama-7b \\
         --block none random pretrained --epochs 30 --batch-size 32 --lr 1e-4 --weight-decay 0.01
 
@@ -25,8 +26,9 @@ questions are used once. The same command again resumes, or prints what is done.
 
 Differs from the paper: METER trains on val2014, too, and drops questions whose answers are not in
 the vocabulary when it validates, here they count as wrong; images are squeezed into a square and
-not augmented; for 3D see NOTE(paper). Letters: B batch, N visual and M text tokens, P points, G
-groups, K points in a group, D width, S side of an image, C answers.
+not augmented; for 3D see NOTE(paper).
+Letters: B batch, N visual and M text tokens, P points, G groups, K points in a group, D width, S
+side of an image, C answers.
 """
 
 import argparse
@@ -36,17 +38,14 @@ import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
 import sys
 import time
-import zipfile
 import zlib
 from collections import Counter
 from datetime import timedelta
-from operator import gt
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +56,17 @@ import transformers
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops
+from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
 
-TASK, BETTER = "vqa", gt  # best.pt is best in the first metric on validation
+TASK, SIGN = "vqa", 1  # best.pt: the largest SIGN * first metric on validation
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may change
+FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
+HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
 
 # base has METER's width and depth (https://arxiv.org/abs/2111.02387); depth layers see before the
 # fusion layers see and read. In 3D, K and the width W are Point-BERT's; micro is ours.
@@ -79,8 +80,6 @@ MODELS = {
 }  # fmt: skip
 DATA_2D, DATA_3D = ("toy2d", "easyvqa", "vqav2"), ("toy3d", "scanqa", "sqa3d")
 K = 32  # points in a group
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, EOFError)
-BROKEN += (MemoryError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 
 def parse_args(argv=None):
@@ -91,10 +90,10 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, help="side of the images (default: the model's)")
     p.add_argument("--points", type=int, help="of a scene (paper: 40000, micro: 1024, toy: 256)")
     p.add_argument("--objects", action="store_true", help="tokens are the file's objects, in 3D")
-    p.add_argument("--vision", metavar="NAME", help="a pre-trained one: openai/clip-vit-...")
-    p.add_argument("--text", metavar="NAME", help="a pre-trained one: roberta-base")
+    p.add_argument("--vision", metavar="NAME", help="pre-trained image encoder: openai/clip-...")
+    p.add_argument("--text", metavar="NAME", help="pre-trained text encoder: roberta-base")
     p.add_argument("--blind", action="store_true", help="hide the image or scene: a control")
-    p.add_argument("--min-count", type=int, help="of answers to be learned (vqav2: 9, others: 1)")
+    p.add_argument("--min-count", type=int, help="drop rarer answers (default: 1, vqav2: 9)")
     p.set_defaults(epochs=2, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.5)
     args = finish_args(p, argv)
     args.min_count = args.min_count or (9 if args.data == "vqav2" else 1)
@@ -102,7 +101,7 @@ def parse_args(argv=None):
     usual = 1024 if args.model == "micro" else 40_000
     args.points = args.points or (256 if args.data == "toy3d" else usual)
     if args.size < 1 or (args.size % MODELS[args.model]["patch"] and not args.vision):
-        raise UserError(f"--size {args.size} is no multiple of {MODELS[args.model]['patch']}")
+        raise UserError(f"--size {args.size} is not a multiple of {MODELS[args.model]['patch']}")
     if args.points < 256:
         raise UserError(f"--points {args.points} must be at least 256")
     if args.objects and args.data not in DATA_3D or args.vision and args.data not in DATA_2D:
@@ -169,8 +168,8 @@ def ask_toy(objects, rng):
 
 
 def draw_toy3d(n, seed, P):
-    """n scenes, float (n, P, 7) as of read_points, of four objects around somebody, and four
-    questions about each: triples (number of the scene, situation and question, answer).
+    """n scenes, float (n, P, 7) as read_points returns them, of four objects around somebody, and
+    four questions about each: triples (number of the scene, situation and question, answer).
     """
     g, rng, m = torch.Generator().manual_seed(seed), random.Random(seed), P // 4
     shape = torch.rand(n, 4, generator=g).argsort(1)  # counterclockwise, as seen from above
@@ -229,8 +228,8 @@ def normalise_answer(text):
 
 
 def soft_scores(answers):
-    """{answer: score} of what people said. A machine agrees with one who is left out and with
-    three others: an answer that 1, 2, 3, 4 of 10 people gave scores 0.3, 0.6, 0.9, 1.
+    """{answer: score} of what people said: min(others who said so / 3, 1), averaged over leaving
+    each of them out. An answer that 1, 2, 3, 4 of 10 people gave scores 0.3, 0.6, 0.9, 1.
     """
     n, counts = len(answers), Counter(map(normalise_answer, answers))
     return {
@@ -253,11 +252,12 @@ def read_questions(data, files, split):
     if data == "easyvqa":
         for text, answer, i in read_json(files, f"{split}/questions.json"):
             image = f"{split}/images/{i}.png"
-            rows.append(surely(image, text, [answer], answer_type(answer)))
+            rows.append(all_right(image, text, [answer], answer_type(answer)))
     elif data == "scanqa":
         for q in read_json(files, f"ScanQA_v1.0_{split}.json"):
             answers = q.get("answers", [])  # those of its tests are secret
-            rows.append(surely(q["scene_id"], q["question"], answers, first_word(q["question"])))
+            text = q["question"]
+            rows.append(all_right(q["scene_id"], text, answers, question_type(text)))
     else:
         theirs = {"vqav2": ("v2_OpenEnded_mscoco_{}_questions", "v2_mscoco_{}_annotations"),
                   "sqa3d": ("v1_balanced_questions_{}_scannetv2",
@@ -273,13 +273,13 @@ def read_questions(data, files, split):
                 rows.append((image, text, soft_scores(answers), a["answer_type"], usual))
             else:
                 situated = f"{q['situation']} {text}"
-                rows.append(surely(q["scene_id"], situated, answers, first_word(text)))
+                rows.append(all_right(q["scene_id"], situated, answers, question_type(text)))
     if not rows or not all(isinstance(x, str) for row in rows for x in (*row[:2], *row[4])):
         raise ValueError(f"{split} has no questions, or other things than texts in them")
     return rows
 
 
-def surely(name, text, answers, kind):
+def all_right(name, text, answers, kind):
     """A question where every answer is right."""
     if not isinstance(answers, list):
         raise ValueError(f"answers are no list: {answers!r}")
@@ -290,7 +290,7 @@ def surely(name, text, answers, kind):
 TYPES_3D = ("What", "Is", "How", "Can", "Which")
 
 
-def first_word(question):
+def question_type(question):
     """SQA3D's types of questions."""
     question = question.strip().capitalize()
     return next((word for word in TYPES_3D if question.startswith(word)), "Others")  # also What's
@@ -380,21 +380,16 @@ def to_unit_sphere(x):
     return x / x.norm(dim=-1).amax(-1)[..., None, None].clamp(min=1e-12)
 
 
-class Decoder(Dataset):
-    """Pairs of decode(file, shape) and 1; of zeros and 0 where the file is broken."""
-
-    def __init__(self, files, decode, shape, dtype):
-        self.files, self.decode, self.shape, self.dtype = files, decode, shape, dtype
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
+def decode_some(decode, shape, dtype, files):
+    """decode(file, shape) of some files, zeros where one is broken; and which are good, 1 or 0."""
+    x = torch.zeros(len(files), *shape, dtype=dtype)
+    good = torch.zeros(len(files), dtype=torch.uint8)
+    for i, file in enumerate(files):
         try:
-            return self.decode(self.files[i], self.shape), torch.tensor(1, dtype=torch.uint8)
-        except BROKEN as e:
-            print(f"skipped {self.files[i]}: {type(e).__name__}: {e}", file=sys.stderr)
-            return torch.zeros(self.shape, dtype=self.dtype), torch.tensor(0, dtype=torch.uint8)
+            x[i], good[i] = decode(file, shape), 1
+        except Exception as e:  # a broken file may raise anything
+            print(f"skipped {file}: {type(e).__name__}: {e}", file=sys.stderr)
+    return x, good
 
 
 def decode_once(files, decode, shape, dtype, args):
@@ -405,23 +400,23 @@ def decode_once(files, decode, shape, dtype, args):
     stats = [(str(p), p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
     key = repr([inspect.getsource(decode), shape, stats]).encode()
     path = Path(args.out) / "cache" / f"{TASK}-{hashlib.sha256(key).hexdigest()[:16]}.bin"
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        if not path.exists():
-            loader = DataLoader(Decoder(files, decode, shape, dtype), 8, num_workers=args.workers)
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        some = functools.partial(decode_some, decode, shape, dtype)
+        loader = DataLoader(files, 8, collate_fn=some, num_workers=args.workers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part, good = path.with_suffix(f".{os.getpid()}"), []
+        try:
             with part.open("wb") as file:
-                bar = tqdm(loader, f"reading {args.root}", disable=RANK > 0 or None)
-                good = [(file.write(x.numpy()), good)[1] for x, good in bar]
+                for x, fine in tqdm(loader, f"reading {args.root}", disable=HIDE_BAR):
+                    file.write(x.numpy())
+                    good.append(fine)
                 file.write(torch.cat(good).numpy())
-        mapped = part if part.exists() else path
-        rows = torch.from_file(str(mapped), size=mapped.stat().st_size, dtype=torch.uint8)
-        good = rows[-len(files) :] > 0
-        check_broken(len(good) - int(good.sum()), len(good), args.root)
-        if part.exists():
             os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
+    rows = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    good = rows[-len(files) :] > 0
+    check_broken(len(good) - int(good.sum()), len(good), args.root)
     return rows[: -len(files)].view(dtype).view(-1, *shape), good
 
 
@@ -439,13 +434,10 @@ def tokenise(texts, words, longest, args):
     else:
         number = {word: i for i, word in enumerate(words, 2)}
         lists = [[0, *(number.get(word, 1) for word in split_words(text))] for text in texts]
-    lengths = np.array([len(ids) for ids in lists])
-    ids = np.full((len(lists), min(longest, lengths.max())), -1, dtype=np.int32)
-    for row, tokens in zip(ids, lists, strict=True):
-        row[: len(tokens)] = tokens[:longest]
-        if args.text and len(tokens) > longest:
-            row[-1] = tokens[-1]  # which closes a text
-    return torch.from_numpy(ids), int((lengths > longest).sum())
+    end = lists[0][-1:] if args.text else []  # which closes a text
+    cut = [[*ids[: longest - len(end)], *end] if len(ids) > longest else ids for ids in lists]
+    rows = [torch.tensor(ids, dtype=torch.int32) for ids in cut]
+    return pad_sequence(rows, True, -1), sum(len(ids) > longest for ids in lists)
 
 
 class Questions:
@@ -499,7 +491,7 @@ def find_questions(args):
         theirs = {"train": "train", "test": "val"}
     try:
         splits = {ours: read_questions(args.data, files, name) for ours, name in theirs.items()}
-    except BROKEN as e:
+    except Exception as e:
         raise UserError(f"{root} is not laid out like {args.data}: {e!r}") from e
     return splits, files
 
@@ -513,8 +505,8 @@ def find_toy(args):
     for seed, (_, questions) in enumerate(drawn):
         for i, text, answer in questions:
             question = text.rpartition(". ")[2]  # behind a situation
-            kind = answer_type(answer) if toy is draw_toy else first_word(question)
-            rows.append(surely(1000 * seed + i, text, [answer], kind))
+            kind = answer_type(answer) if toy is draw_toy else question_type(question)
+            rows.append(all_right(1000 * seed + i, text, [answer], kind))
     return {"train": rows[:-4000], "test": rows[-4000:]}, torch.cat([x for x, _ in drawn])
 
 
@@ -562,8 +554,11 @@ def load_data(args, meta=None):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         splits[name] = [rows[i] for i in order[: args.limit]]
     names = sorted({row[0] for rows in splits.values() for row in rows})
-    visuals, good = (source, names) if toy else load_visuals(names, source, args)
-    number = {name: name if toy else i for i, name in enumerate(names) if toy or good[i]}
+    if toy:
+        visuals, good = source[names], [True] * len(names)
+    else:
+        visuals, good = load_visuals(names, source, args)
+    number = {name: i for i, name in enumerate(names) if good[i]}
     meta = meta or find_vocabulary(splits["train"], args)
     types = sorted({row[3] for rows in splits.values() for row in rows})
     data, sizes, cut = {"meta": meta}, [], 0
@@ -571,7 +566,7 @@ def load_data(args, meta=None):
         rows = [row for row in splits[name] if row[0] in number]
         known = [row for row in rows if not row[2].keys().isdisjoint(meta["answers"])]
         sizes.append(f"{len(known)} of {len(rows)} {name}")
-        rows = known if name == "train" else rows  # as METER: nothing is to be learned of others
+        rows = known if name == "train" else rows  # as METER does: others teach nothing
         if len(rows) < WORLD:
             raise UserError(f"{args.root}: {len(rows)} {name} questions are too few")
         ids, longer = tokenise([row[1] for row in rows], meta["words"], longest(args), args)
@@ -610,8 +605,8 @@ def normalise(x):
 
 
 def farthest_points(x, n):
-    """Farthest-point sampling: indices (B, n) into x (B, P, 3). Each point is the farthest from all
-    before it, the first the farthest from the origin: the order of x plays no role.
+    """Farthest-point sampling: indices (B, n) into x (B, P, 3). Each point is the farthest from
+    those picked before, the first is the farthest from the origin: the order of x plays no role.
     """
     x, cloud, picked = x.transpose(1, 2).contiguous(), torch.arange(len(x), device=x.device), []
     farthest, distance = x.square().sum(1).argmax(1), torch.inf  # (B), squared
@@ -626,7 +621,7 @@ def farthest_points(x, n):
 @torch.no_grad()
 def group(x, G, K):
     """x (B, P, 3) -> G mutually far centres (B, G, 3), and around each the nearest K points, as
-    seen from it (B, G, K, 3). What points have besides their place stays as it is.
+    seen from it (B, G, K, 3). Further columns stay unchanged.
     """
     cloud = torch.arange(len(x), device=x.device)[:, None]
     places = x[..., :3]
@@ -843,7 +838,7 @@ class PretrainedText(nn.Module):
 class VQA(nn.Module):
     """METER: two streams that attend to themselves and to each other, poolers, an answer head.
 
-    NOTE(paper): METER normalises behind, we in front of attention and FFN, to train from scratch.
+    NOTE(paper): METER is post-norm; this is pre-norm, which trains from scratch.
     """
 
     def __init__(self, vision, text, D, fusion, heads, dropout, C, llm):
@@ -860,8 +855,8 @@ class VQA(nn.Module):
 
     def forward(self, x, ids):
         (x, mask), (t, t_mask) = self.vision(x), self.text(ids)  # (B, N, D), (B, M, D)
-        for see, read in zip(self.seeing, self.reading, strict=True):
-            x, t = see(x, mask, t, t_mask), read(t, t_mask, x, mask)
+        for image_layer, text_layer in zip(self.seeing, self.reading, strict=True):
+            x, t = image_layer(x, mask, t, t_mask), text_layer(t, t_mask, x, mask)
         x = self.llm(x, mask)  # the frozen LLM block: this line is the paper
         x, t = self.norm(x)[:, 0], self.text_norm(t)[:, 0]
         return self.head(torch.cat([self.pool(x), self.text_pool(t)], dim=1).tanh())  # (B, C)
@@ -880,18 +875,20 @@ def groups(args):
 def build_model(args, kind, seed, meta):
     torch.manual_seed(seed)
     c = MODELS[args.model]
-    size = {k: c[k] for k in ("D", "depth", "heads", "dropout")}
+    size = {k: c[k] for k in ("D", "heads", "dropout")}
     if args.vision:
         vision = PretrainedVision(args.vision, c["D"])
     elif args.data in DATA_2D:
-        vision = ImageEncoder(**size, S=args.size, patch=c["patch"])
+        vision = ImageEncoder(**size, depth=c["depth"], S=args.size, patch=c["patch"])
     else:
-        vision = SceneEncoder(**size, W=c["W"], G=groups(args), objects=args.objects)
-    text = PretrainedText(args.text, c["D"]) if args.text else None
-    text = text or TextEncoder(c["D"], len(meta["words"]), longest(args))
+        kwargs = {"W": c["W"], "G": groups(args), "objects": args.objects}
+        vision = SceneEncoder(**size, depth=c["depth"], **kwargs)
+    if args.text:
+        text = PretrainedText(args.text, c["D"])
+    else:
+        text = TextEncoder(c["D"], len(meta["words"]), longest(args))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     llm = LLMBlock(args.llm, c["D"], args.layers, kind, seed=seed, dtype=dtype)
-    del size["depth"]
     return VQA(vision, text, **size, fusion=c["fusion"], C=len(meta["answers"]), llm=llm)
 
 
@@ -912,8 +909,12 @@ def param_groups(model, args):
     for name, p in model.named_parameters():
         scale = 1.0
         if args.vision or args.text:
-            scale = 10.0 if name.startswith("head") else 2.0 if name.startswith("llm.proj") else 1.0
-            scale = 0.2 if ".encoder." in name else scale
+            if ".encoder." in name:
+                scale = 0.2
+            elif name.startswith("head"):
+                scale = 10.0
+            elif name.startswith("llm.proj"):
+                scale = 2.0
         bare = ("cls", "pos", "words.weight")
         decay = args.weight_decay * (p.ndim > 1 and not name.endswith(bare))
         groups.setdefault((decay, scale), []).append(p)
@@ -967,7 +968,7 @@ def finish_args(p, argv):
     p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, help="default: %(default)s")
     p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that load data")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -985,15 +986,15 @@ def finish_args(p, argv):
     if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
         raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
     if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
     if args.device == "auto":  # mps only on request
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[args.device]:
+    if not torch.get_device_module(args.device).device_count():
         raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":  # on a CPU, casting costs the narrow micro more than bf16 saves
-        bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        if args.device != "cpu":
+    if args.precision == "auto":
+        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
+            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
+        else:
             bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
     return args
@@ -1019,47 +1020,15 @@ def all_sum(x):
 
 
 def check_broken(broken, n, where):
-    if broken:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
     if broken > max(1, 0.01 * n):
         raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
+    if broken and RANK == 0:
+        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
 
 
 def say(text):
     if RANK == 0:
         print(text, flush=True)
-
-
-def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
-    sys.exit(2)
-
-
-def save(state, path):
-    """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, what was there is kept: {e}") from e
-
-
-BAD_FILE = (pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def read(path, mmap=False):
-    """What torch.save wrote to a file: nothing but tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch.load does not look
-                    raise zipfile.BadZipFile(f"wrong checksum of {part}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *BAD_FILE) as e:
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
 def load(path, model=None):
@@ -1075,8 +1044,35 @@ def load(path, model=None):
     return state
 
 
+def train_epoch(args, model, optimizer, data, epoch, gen, name):
+    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
+    start, total = time.perf_counter(), torch.zeros((), device=args.device)
+    steps = max(1, len(data["train"]) // args.batch_size)
+    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
+    model.train()
+    for step, batch in enumerate(bar, epoch * steps):
+        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with autocast(args):
+            loss = compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
+        last = step + 1 == steps * (epoch + 1)
+        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
+            where = f"at step {step + 1}, learning rate {lr:.1e}"
+            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
+                            "try a lower --lr, with another --out")  # fmt: skip
+    loss = all_sum(total).item() / steps / WORLD
+    samples = steps * min(args.batch_size, len(data["train"]))
+    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
+
+
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on where it stopped; test its best epoch once."""
+    """Train one arm with one seed, or resume it; test its best epoch once."""
     out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
@@ -1095,14 +1091,13 @@ def train(args, kind, seed, data):
     optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
     if history:
         optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: going on after epoch {len(history)}")
+        say(f"{out}: resuming after epoch {len(history)}")
     if args.compile:
         model.compile()
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # what is frozen was the same, and stays it
-    per_epoch = max(1, len(data["train"]) // args.batch_size)
+        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -1111,47 +1106,25 @@ def train(args, kind, seed, data):
         # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
         torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
         gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
-        start, total = time.perf_counter(), torch.zeros((), device=args.device)
-        model.train()
-        batches, hidden = train_batches(data, args, gen), RANK > 0 or None  # None: off a terminal
-        bar = tqdm(batches, f"{kind} {epoch + 1}/{args.epochs}", per_epoch, disable=hidden)
-        for step, batch in enumerate(bar, epoch * per_epoch):
-            lr = lr_at(step, args.epochs * per_epoch, args.warmup * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            with autocast(args):
-                loss = compute_loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-            if (step % 50 == 0 or step + 1 == per_epoch * (epoch + 1)) and not total.isfinite():
-                where = f"at step {step + 1}, learning rate {lr:.1e}"
-                raise UserError(f"{out}: the loss is {total} {where}; what was saved before is "
-                                "kept. Try a lower --lr, with another --out")  # fmt: skip
-        loss = all_sum(total).item() / per_epoch / WORLD
-        samples = per_epoch * min(args.batch_size, len(data["train"]))
-        speed = samples / (time.perf_counter() - start)
+        start = time.perf_counter()
+        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
         val = evaluate(model, data["val"], args)
         state["seconds"] += time.perf_counter() - start
-        row = {"epoch": epoch + 1, "loss": loss, "lr": lr, "samples_per_s": speed}
-        history.append(row | {f"val_{k}": v for k, v in val.items()})
-        name, best = next(iter(val.items()))  # selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {loss:.3f} | val_{name} {best:.2f} "
-            f"| lr {lr:.1e} | {speed:.0f} samples/s")  # fmt: skip
+        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
+        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
+        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
+            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
         if RANK == 0:
-            # last.pt comes last: killed before, the epoch is run again and all is written again.
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(BETTER(best, row[f"val_{name}"]) for row in history[:-1]):
+            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
                 save(state | {"optimizer": None}, out / "best.pt")
             (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")
+            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
     if WORLD > 1:
         dist.barrier()  # until best.pt is there
     load(out / "best.pt", model)
     state["result"] = report(args, model, state, data)
-    if RANK == 0:  # the model now holds the weights of best.pt
+    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
         save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
     return state["result"]
 
@@ -1203,7 +1176,7 @@ def main(argv=None):
     if RANK:
         dist.barrier()  # the first process goes ahead and downloads what is missing
     data = load_data(args, saved and saved["meta"])
-    if saved and data.get("meta", saved["meta"]) != saved["meta"]:
+    if saved and data["meta"] != saved["meta"]:
         raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -1234,5 +1207,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)

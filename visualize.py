@@ -8,7 +8,7 @@
 Prints a markdown table of the runs' results. Where masks say which tokens are foreground (toys of
 images and video know theirs), also how well activations find them: the paper's information
 filtering, section 4. Into --out go a picture of every checkpoint, one that compares the arms,
-learning curves, and numbers.json. Flags that are not here, behind the runs, go to the script that
+learning curves, and numbers.json. Other flags, after the runs, are passed to the script that
 wrote the checkpoint: --root, --llm, --device, ...
 
 Letters: B batch, N tokens, D width, S side of an image in pixels, T frames.
@@ -31,8 +31,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import v2
 
-from llmblock import KINDS, UserError
-from train_image import fail, read
+from llmblock import KINDS, UserError, fail, read
 
 FONT = ImageFont.load_default(13)
 
@@ -94,7 +93,8 @@ def look(script, args, model, inputs):
         del stages["proj_out"]  # the host's tokens once more
     # Of the token that the head reads: CLS, the question, the target. In video it reads the mean.
     weights = seen["weights"].mean(1) if script.TASK == "video" else seen["weights"][:, 0]
-    return output, stages, weights, (*seen["tokens"], None)[1]
+    real = seen["tokens"][1] if len(seen["tokens"]) > 1 else None
+    return output, stages, weights, real
 
 
 def unit(heat):
@@ -263,10 +263,10 @@ def mask_tables(arms):
         for name in names:
             cells = name.split()
             for runs in arms.values():
-                x = torch.stack([run[name] for run in runs]) if name in runs[0] else None
-                if x is None:
+                if name not in runs[0]:
                     cells.append("")
                     continue
+                x = torch.stack([run[name] for run in runs])
                 mean, chance = x.mean((0, 1))[[column, column + 3]].tolist()
                 values = x.mean(1)[:, column] if len(x) > 1 else x[0, :, column]
                 cells.append(f"{mean:.1f} ± {interval(values.tolist()):.1f} ({chance:.1f})")
@@ -437,8 +437,8 @@ def see_pictures(script, args, saved, data, model, n):
     if "masked" in data:
         x, y, _ = data["masked"](torch.arange(n))
     else:
-        pairs, workers = [(i, 0) for i in range(n)], () if video else (args.workers,)
-        x, y = next(iter(data["test"][0].batches(pairs, n, *workers)))
+        pairs = [(i, 0) for i in range(n)]
+        x, y = next(iter(data["test"][0].batches(pairs, n, args.workers)))
         x = x[:, 0] if video else x[:, None]  # the first view; (B, T, 3, S, S)
 
     def paint(i, heat, output):
@@ -563,9 +563,10 @@ def show(path, args, loaded):
     if not masked:  # the arms have the same data
         key = str({k: v for k, v in vars(own).items() if k not in ("llm", "layers", "eval")})
         data = loaded[key] = loaded.get(key) or script.load_data(own, saved["meta"])
-        if data.get("meta", saved["meta"]) != saved["meta"]:
+        if data["meta"] != saved["meta"]:
             raise UserError(f"{path} was trained on other classes than {own.data} has")
-        n = len(getattr(data["test"][0], "which", data["test"][0]))
+        test = data["test"][0]  # in retrieval, samples are captions, but pictures show images
+        n = len(test.which if script.TASK == "retrieval" else test)
     some = range(min(args.n, n))
     inputs, known, told, paint = SEE[script.TASK](script, own, saved, data, model, len(some))
     output, *seen = look(script, own, model, inputs)

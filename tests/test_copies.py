@@ -24,11 +24,12 @@ def differences(scripts):
         parts = {"below the mark": below}
         for node in ast.parse(above).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
-                parts[node.name] = ast.get_source_segment(above, node)
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                parts[node.name] = "\n".join(above.splitlines()[first - 1 : node.end_lineno])
         for part, source in parts.items():
-            first, original = seen.setdefault(part, (name, source))
+            other, original = seen.setdefault(part, (name, source))
             if source != original:
-                found.append(f"{part} differs between {first} and {name}")
+                found.append(f"{part} differs between {other} and {name}")
     return found
 
 

@@ -288,7 +288,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_there_was(trained):
     state["settings"] |= {"lr": 1e9, "epochs": 2}  # as if the second epoch went wrong
     torch.save(state | {"result": None}, directory / "last.pt")
     before = [(directory / name).read_bytes() for name in ("last.pt", "best.pt")]
-    with pytest.raises(UserError, match="what was saved before is kept"):
+    with pytest.raises(UserError, match="What was saved before is kept"):
         run(trained, "--lr", "1e9")
     assert before == [(directory / name).read_bytes() for name in ("last.pt", "best.pt")]
 
@@ -315,7 +315,7 @@ def test_ctrl_c(tmp_path):
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate()
     assert process.returncode == 130
-    assert printed == "stopped: the same command goes on after the last whole epoch\n"
+    assert printed == "stopped: the same command resumes after the last finished epoch\n"
 
 
 def test_broken_images(tmp_path, capsys):

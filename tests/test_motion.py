@@ -77,7 +77,7 @@ def test_the_mode_that_ends_nearest_is_measured():
     at_and_beyond = torch.tensor([[[[0, 2.0]]], [[[0, 2 + 1e-6]]]])
     assert tm.displacement(at_and_beyond, torch.zeros(2, 1, 2))[:, 2].tolist() == [0, 1]
     metrics = {"minADE6": 2.334, "minFDE6": 2.0, "MR6": 50.0}
-    assert tm.named(torch.tensor([4.668, 4, 1]), 2, 6) == metrics
+    assert tm.as_metrics(torch.tensor([4.668, 4, 1]), 2, 6) == metrics
 
 
 def test_the_mode_that_ends_nearest_learns():
@@ -261,7 +261,7 @@ def write_map(path, lanes, kinds=LANES):
 
 
 def read(path, maps=(), steps=(20, 30)):
-    scenes = tm.SceneReader([(path, maps)], steps)[0]
+    scenes = tm.read_or_skip(steps, (path, maps))
     return scenes and scenes[0]
 
 

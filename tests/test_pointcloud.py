@@ -161,17 +161,17 @@ def test_broken_meshes_are_skipped(tmp_path, capsys):
     broken += [head.replace("3 1 0", "3 0 0"), head.replace("OFF", "PLY") + "3 0 1 2"]
     for text in broken:
         path.write_text(text)
-        assert pc.Reader([path], [7], 256)[0][1] == -1
+        assert pc.read_cloud(256, (path, 7))[1] == -1
         assert capsys.readouterr().err.startswith(f"skipped {path}: ")
     path.write_text(head + "3 0 1 2")
-    assert pc.Reader([path], [7], 256)[0][1] == 7
+    assert pc.read_cloud(256, (path, 7))[1] == 7
 
 
 def test_a_mesh_that_ends_within_its_last_face_is_skipped(tmp_path):
     write_off(tmp_path / "a.off", [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)], [(0, 1, 2, 3)])
     text = (tmp_path / "a.off").read_text()
     (tmp_path / "a.off").write_text(text.removesuffix("3\n"))
-    assert pc.Reader([tmp_path / "a.off"], [7], 256)[0][1] == -1
+    assert pc.read_cloud(256, (tmp_path / "a.off", 7))[1] == -1
 
 
 def test_one_broken_cloud_is_reported_and_many_are_an_error(tmp_path, capsys):
@@ -189,12 +189,12 @@ def test_one_broken_cloud_is_reported_and_many_are_an_error(tmp_path, capsys):
 def test_only_larger_clouds_are_reduced_and_smaller_ones_are_broken():
     sizes = {255: -1, 256: 256, 280: 280, 300: 300, 1000: 300}
     clouds = [torch.randn(n, 3) + 4 for n in sizes]
-    read = list(pc.Reader(clouds, [7] * 5, 256))
+    read = [pc.read_cloud(256, (cloud, 7)) for cloud in clouds]
     assert [len(x) if y == 7 else y for x, y in read] == list(sizes.values())
     x = clouds[1] - clouds[1].mean(0)  # in its own order
     assert torch.allclose(read[1][0], x / x.norm(dim=1).max(), atol=1e-6)
     clouds[1][0, 0] = torch.nan
-    assert pc.Reader(clouds, [7] * 5, 256)[1][1] == -1
+    assert pc.read_cloud(256, (clouds[1], 7))[1] == -1
 
 
 def write_h5(path, clouds, labels):

@@ -410,7 +410,7 @@ def mistakes():
     yield (lambda root: None), ["--json", "y.json"], "files: dataset_x.json. Name"
     yield (lambda root: None), ["--root", "/nowhere"], "/nowhere has these .json files: none"
     yield (lambda root: None), ["--false", 0], "--false 0 must be at least 1"
-    yield (lambda root: None), ["--size", 13], "--size 13 is no multiple of 12"
+    yield (lambda root: None), ["--size", 13], "--size 13 is not a multiple of 12"
     yield (lambda root: None), ["--vision", "/nowhere"], "transformers finds no encoder /nowhere"
     yield (lambda root: None), ["--text", "/nowhere"], "transformers finds no encoder /nowhere"
 

@@ -171,7 +171,7 @@ def test_questions_have_types():
     assert [tv.answer_type(a) for a in ("no", "3", "nobody")] == ["yes/no", "number", "other"]
     asked = ["what's on it?", " Is it?", "HOW", "can I", "Which one", "Does it?", "There is", ""]
     kinds = ["What", "Is", "How", "Can", "Which", "Others", "Others", "Others"]
-    assert [tv.first_word(question) for question in asked] == kinds  # as SQA3D's prefixes
+    assert [tv.question_type(question) for question in asked] == kinds  # as SQA3D's prefixes
 
 
 @pytest.mark.parametrize("data", SPLITS)
@@ -341,8 +341,8 @@ def test_a_broken_scene_is_named(name, tmp_path, capsys):
     if name == "damaged.npz":
         content = content[:200] + b"\xff" * 30 + content[230:]
     path.write_bytes(content)
-    x, good = tv.Decoder([path], tv.read_points, (256, 7), torch.float32)[0]
-    assert not good and not x.any() and x.shape == (256, 7)
+    x, good = tv.decode_some(tv.read_points, (256, 7), torch.float32, [path])
+    assert not good.any() and not x.any() and x.shape == (1, 256, 7)
     assert capsys.readouterr().err.startswith(f"skipped {path}: ")
 
 
