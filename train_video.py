@@ -149,7 +149,7 @@ def view_frames(n, T, views):
 
 
 def read_video(path, choose):
-    """choose(n), and those frames as {index: uint8 (H, W, 3)}; only they are converted to RGB."""
+    """choose(n), and those of all n decoded frames as {index: uint8 (H, W, 3)}."""
     import av
 
     try:

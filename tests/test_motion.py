@@ -620,6 +620,6 @@ def test_following_another_car_is_learned(tmp_path):
         scenes.append(make(tracks))
     train, test = scenes_of(*scenes[:1000]), [scenes_of(*scenes[1000:])]
     meta = {"line": tm.fit_line(train).tolist()}
-    data = {"train": train, "val": test, "test": test, "meta": meta}
+    data = {"train": train, "val": test, "test": test, "meta": meta, "sizes": ""}
     seen, hidden = learn(data, "agents", tmp_path, "--epochs", "4")
     assert hidden["minADE6"] > 3 * seen["minADE6"] and hidden["minADE1"] > 2 * seen["minADE1"]
