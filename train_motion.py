@@ -735,8 +735,8 @@ def train(args, kind, seed, data):
         if changed := [k for k in settings if state["settings"].get(k) != settings[k]]:
             theirs = f"--{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}"
             raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
-        if [state["meta"], state["sizes"]] != [data["meta"], data["sizes"]]:
-            theirs = f"other data, {state['sizes']}"
+        if [state["meta"], state.get("sizes")] != [data["meta"], data["sizes"]]:
+            theirs = f"other data, {state.get('sizes')}"
             raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
     if state["result"]:
         return state["result"]
