@@ -275,7 +275,7 @@ def read(path, mmap=False):
                     raise zipfile.BadZipFile(f"wrong checksum of {part}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # a damaged file may raise anything
-        why = str(e).partition(". ")[0]  # PyTorch goes on to advise against weights_only
+        why = f"{type(e).__name__}: {e}".partition(". ")[0]  # then PyTorch advises against safety
         raise UserError(f"{path} is missing, damaged or no checkpoint: {why}") from e
 
 
