@@ -376,6 +376,27 @@ def test_damaged_files_are_reported_in_one_line(damage, llama):
     assert "\n" not in str(e.value)
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_execute_nothing(zipped, llama, tmp_path):
+    store(llama, ".bin")
+    file, made = llama / "pytorch_model.bin", tmp_path / "made"
+    weights = torch.load(file, weights_only=True) | {"more": Malicious(str(made))}
+    torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="no weights that fit"):
+        LLMBlock(llama, 32)
+    assert not made.exists()
+    torch.load(file, weights_only=False)
+    assert made.exists()  # it would have been made
+
+
 def test_wrong_arguments_are_reported_in_one_line(llama, tmp_path, monkeypatch, capsys):
     t5 = make(tmp_path / "t5", "t5", d_model=64, head_dim=None)
     wrong = {"frozen": (llama, 32, -1, "frozen"), "999": (llama, 32, 999), "t5": (t5, 32)}
