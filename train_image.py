@@ -3,672 +3,496 @@
     python train_image.py --block none random pretrained     # three arms on toy images, offline
     python train_image.py --data cifar10 --epochs 20 --lr 1e-3 --block none random pretrained
     python train_image.py --data folder --root DIR           # DIR/train/CLASS/, DIR/val/CLASS/
-    torchrun --nproc-per-node=4 train_image.py ...           # several GPUs, the same batches
+    python train_image.py --eval CKPT --data folder --root DIR    # ImageNet-A, -R, -Sketch, ...
 
 The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A100; not run here):
 
     torchrun --nproc-per-node=4 train_image.py --data folder --root imagenet --model small \\
         --llm huggyllama/llama-7b --block none random pretrained --recipe deit --epochs 300 \\
-        --warmup 20 --batch-size 1024 --lr 1e-3 --weight-decay 0.05 --compile
+        --warmup 20 --batch-size 1024 --lr 1e-3 --weight-decay 0.05 --bf16 --compile
 
-To test a finished run on ImageNet-C, -A, -R or -Sketch (each in a directory of its own):
-
-    python train_image.py --eval runs/image-folder-small/pretrained-s0/best.pt \\
-        --data imagenet-c --root imagenet-c
-
-Each run ends with a line `RESULT {json}`. Its checkpoint is chosen on images held out of train; the
-test images (val/) are used once. The same command again resumes, or prints what is done.
-
-Differs from the paper: RandAugment is torchvision's, the three views of repeated augmentation are
-spread over the epoch, gradients are clipped at norm 1, and there is no EMA (the released code keeps
-one without using it).
-Letters: B batch, N tokens, D width, S side of the images in pixels, C classes.
+A tenth of train selects the epoch; val/ is the test set and used once.
+Differs from the paper: torchvision's RandAugment, no repeated augmentation, gradients are clipped
+at norm 1, no EMA (theirs is kept, but not used).
+Letters: B batch, N tokens, D width, h heads, S side of the images in pixels, K classes.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
+import random
 import sys
 import time
-from datetime import timedelta
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+from torch.utils.data import default_collate as collate
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
+from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, SIGN = "image", 1  # best.pt: the largest SIGN * first metric on validation
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
-HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
+TASK, BEST = "image", max  # the best epoch has the largest first metric on validation data
 
 # DeiT's widths (https://arxiv.org/abs/2012.12877); micro is ours, for small images on a laptop.
 MODELS = {
-    "micro": {"D": 64, "depth": 3, "heads": 4, "patch": 6, "size": 36},
-    "tiny": {"D": 192, "depth": 12, "heads": 3, "patch": 16, "size": 224},
-    "small": {"D": 384, "depth": 12, "heads": 6, "patch": 16, "size": 224},
-    "base": {"D": 768, "depth": 12, "heads": 12, "patch": 16, "size": 224},
+    "micro": {"D": 64, "depth": 3, "heads": 4, "patch": 6, "S": 36},
+    "tiny": {"D": 192, "depth": 12, "heads": 3, "patch": 16, "S": 224},
+    "small": {"D": 384, "depth": 12, "heads": 6, "patch": 16, "S": 224},
+    "base": {"D": 768, "depth": 12, "heads": 12, "patch": 16, "S": 224},
 }
-ROBUST = ("imagenet-c", "imagenet-a", "imagenet-r", "imagenet-sketch")  # tests for --eval
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    data = ("toy", "cifar10", "cifar100", "fashionmnist", "folder", *ROBUST)
-    p.add_argument("--data", choices=data, default="toy", help="toy is drawn by the script")
-    p.add_argument("--root", default="data", help="where the data is, or is downloaded to")
-    p.add_argument("--model", choices=MODELS, default="micro", help="paper: tiny, small, base")
-    p.add_argument("--size", type=int, help="side of the images (default: the model's)")
-    p.add_argument("--patch", type=int, help="side of a patch (default: the model's)")
-    p.add_argument("--recipe", choices=("light", "deit"), default="light", help="deit: the paper's")
-    p.set_defaults(epochs=3, batch_size=32, lr=2e-3, weight_decay=0.05, warmup=1)
-    args = finish_args(p, argv)
-    args.size = args.size or MODELS[args.model]["size"]
-    args.patch = args.patch or MODELS[args.model]["patch"]
-    if min(args.size, args.patch) < 1 or args.size % args.patch:
-        raise UserError(f"--size {args.size} is not a multiple of --patch {args.patch}")
-    if args.data in ROBUST and not args.eval:
-        raise UserError(f"--data {args.data} is a test set: give a checkpoint with --eval")
-    return args
+# ---------------------------------------------------------------- the model
+class Attention(nn.Module):
+    def __init__(self, D, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
 
-
-# ---------------------------------------------------------------- data
-
-
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # ImageNet-C's, not in its mean
-
-TOY_COLOURS = {"red": (220, 50, 40), "green": (50, 190, 60), "blue": (50, 80, 220)}
-TOY_SHAPES = ("disc", "frame", "triangle", "cross")
-
-
-def draw_toy(n, seed, S):
-    """n images of one shape among clutter: uint8 (n, 3, S, S), labels (n), masks (n, S, S) bool.
-
-    The class is colour and shape together. The shape's place, size and rotation say nothing, nor do
-    the bars behind it, which have the same colours.
-    """
-    g = torch.Generator().manual_seed(seed)
-
-    def rand(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=g)
-
-    def place(radius, turn):  # coordinates (n, S, S) in the frame of an object somewhere inside
-        cx, cy = (radius + (S - 2 * radius) * rand(0, 1, 1, 1) for _ in range(2))
-        a, grid = turn * rand(-1, 1, 1, 1), torch.arange(S) + 0.5
-        dx, dy = (grid[None, None, :] - cx) / radius, (grid[None, :, None] - cy) / radius
-        return dx * a.cos() + dy * a.sin(), dy * a.cos() - dx * a.sin()
-
-    def paint(x, where, colour):
-        tint = torch.tensor(list(TOY_COLOURS.values()))[colour] + rand(-35, 35, 3)
-        return torch.where(where[:, None], tint[:, :, None, None], x)
-
-    x = F.interpolate(rand(60, 190, 3, 4, 4), size=(S, S), mode="bilinear")
-    for _ in range(2):
-        u, v = place(rand(0.08, 0.2, 1, 1) * S, 3.14)
-        x = paint(x, (u.abs() < 1) & (v.abs() < 0.3), torch.randint(3, (n,), generator=g))
-    u, v = place(rand(0.25, 0.38, 1, 1) * S, 0.2)
-    square = torch.maximum(u.abs(), v.abs())
-    disc, frame = u**2 + v**2 < 0.8, (square < 0.85) & (square > 0.45)
-    triangle = (v < 0.75) & (v > 2 * u.abs() - 1)
-    cross = (square < 0.95) & (torch.minimum(u.abs(), v.abs()) < 0.3)
-    shape, colour = torch.randint(4, (n,), generator=g), torch.randint(3, (n,), generator=g)
-    mask = torch.stack([disc, frame, triangle, cross])[shape, torch.arange(n)]
-    x = paint(x, mask, colour) + 15 * torch.randn(x.shape, generator=g)
-    return x.clamp(0, 255).to(torch.uint8), 4 * colour + shape, mask
-
-
-def to_rgb(image):
-    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
-        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
-    return image.convert("RGB")
-
-
-class Images(Dataset):
-    """n images x, uint8 (n, 3, S, S) in memory or a list of files, and their labels y.
-
-    Without a transform they are used as they are. With one, workers decode and transform. Samples
-    are requested by (index, seed), so augmentation depends neither on workers nor on processes. A
-    broken file becomes a black image with label -1, which no loss and no metric counts.
-    """
-
-    def __init__(self, x, y, transform=None):
-        self.x, self.y, self.transform = x, torch.as_tensor(y), transform
-
-    def __len__(self):
-        return len(self.y)
-
-    def subset(self, indices, transform):
-        x = self.x[indices] if torch.is_tensor(self.x) else [self.x[i] for i in indices]
-        return Images(x, self.y[indices], transform)
-
-    def __getitem__(self, item):
-        (i, seed), image = item, self.x[item[0]]
-        if not torch.is_tensor(image):
-            try:
-                with Image.open(image) as file:
-                    image = to_rgb(file)
-            except Exception as e:  # a broken file may raise anything
-                print(f"skipped {image}: {type(e).__name__}: {e}", file=sys.stderr)
-                return self.transform(Image.new("RGB", (32, 32))), -1
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # of the CPU alone
-            return self.transform(image), int(self.y[i])
-
-    def batches(self, pairs, size, workers):
-        """Yield x uint8 (size, 3, S, S) and y (size) for a list of pairs (index, seed)."""
-        if self.transform:
-            yield from DataLoader(self, size, sampler=pairs, num_workers=workers)
-        else:
-            for i in torch.tensor([i for i, _ in pairs]).split(size):
-                yield self.x[i], self.y[i]
-
-
-def crop(S, resize):
-    """The test transform: short side to `resize` pixels (0: as it is), then the centre."""
-    steps = [v2.Resize(resize, v2.InterpolationMode.BICUBIC)] if resize else []
-    return v2.Compose([v2.PILToTensor(), *steps, v2.CenterCrop(S)])
-
-
-def read_folder(path, S, workers, names=None, transform=None):
-    """(Images, class names) of path/<class>/<image>. Less than 1 GB is decoded here and now."""
-    try:
-        folder = ImageFolder(path)
-    except OSError as e:
-        raise UserError(f"{path} must hold one folder of images per class: {e}") from e
-    names = names or folder.classes
-    if unknown := set(folder.classes) - set(names):
-        raise UserError(f"{path}: class folder '{min(unknown)}' is not among those of training")
-    x, y = zip(*folder.samples, strict=True)
-    y = [names.index(folder.classes[i]) for i in y]
-    if transform or len(x) * 3 * S * S > 1e9:
-        return Images(x, y, transform or crop(S, S * 256 // 224)), names
-    parts = Images(x, y, crop(S, S)).batches([(i, 0) for i in range(len(x))], 64, workers)
-    x, y = [torch.cat(column) for column in zip(*parts, strict=True)]
-    check_broken(int((y < 0).sum()), len(y), path)
-    return Images(x[y >= 0], y[y >= 0]), names
-
-
-def load_data(args, meta=None):
-    """{"train": Images, "val" and "test": [Images], "meta": rebuilds the model, "sizes": text}."""
-    S, root = args.size, Path(args.root)
-    if args.data in ROBUST:
-        names, sets = meta["classes"], [root]
-        if args.data == "imagenet-c":  # <corruption>/<severity>/<class>/, perhaps further down
-            sets = [p for p in root.glob("**/[1-5]") if p.parent.name not in EXTRA]
-        if not sets:
-            raise UserError(f"{root}: no <corruption>/<severity 1 to 5>/<class>/ folders in it")
-        test = crop(S, 0 if args.data == "imagenet-c" else S * 256 // 224)
-        test = [read_folder(p, S, args.workers, names, test)[0] for p in sets]
-        sizes = f"{sum(map(len, test))} test images in {len(sets)} sets"
-        return {"test": test, "meta": meta, "sizes": sizes}
-    if args.data == "toy":
-        parts = [draw_toy(1000, seed, S)[:2] for seed in range(12)]  # each fits the CPU's cache
-        x, y = (torch.cat(column) for column in zip(*parts, strict=True))
-        train, test = Images(x[:10_000], y[:10_000]), Images(x[10_000:], y[10_000:])
-        names = [f"{colour} {shape}" for colour in TOY_COLOURS for shape in TOY_SHAPES]
-    elif args.data == "folder":
-        train, names = read_folder(root / "train", S, args.workers)
-        # The same view of test and validation images: both streamed, or both in memory.
-        test, _ = read_folder(root / "val", S, args.workers, names, train.transform)
-    else:
-        source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashionmnist": FashionMNIST}
-        try:
-            sets = [source[args.data](root, train=t, download=True) for t in (True, False)]
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"{args.data} is not in {root} and cannot be downloaded: {e}") from e
-        train, test = (Images(to_squares(s.data, S), s.targets) for s in sets)
-        names = list(sets[0].classes)
-    order, test_order = (  # folders come class by class: --limit must not take the first classes
-        torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-        for images in (train, test)
-    )
-    held_out = min(len(train) // 10, 10_000)
-    augment = train_transform(S, args.recipe) if train.transform or args.recipe == "deit" else None
-    val = train.subset(order[:held_out][: args.limit], train.transform)
-    train = train.subset(order[held_out:][: args.limit], augment)
-    test = test.subset(test_order[: args.limit], test.transform)
-    sizes = f"{len(train)} train, {len(val)} val, {len(test)} test images, {len(names)} classes"
-    if min(len(train), len(val), len(test)) < WORLD:
-        raise UserError(f"{root}: {sizes} are too few for {WORLD} processes")
-    meta = {"classes": names}
-    return {"train": train, "val": [val], "test": [test], "meta": meta, "sizes": sizes}
-
-
-def to_squares(x, S):
-    """(n, H, W) or (n, H, W, 3) uint8, as torchvision's data sets hold it -> (n, 3, S, S)."""
-    x = torch.as_tensor(x)
-    x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x[:, None].expand(-1, 3, -1, -1)
-    return x if x.shape[-1] == S else v2.functional.resize(x, [S, S])
-
-
-def train_transform(S, recipe):
-    """For one image. Magnitude 27 of torchvision's 30 stands for timm's m9 of 10, increasing."""
-    resized = v2.RandomResizedCrop(S, interpolation=v2.InterpolationMode.BICUBIC)
-    steps = [v2.PILToTensor(), resized, v2.RandomHorizontalFlip()]
-    if recipe == "deit":
-        steps.append(v2.RandAugment(2, 27))
-    return v2.Compose(steps)
-
-
-def train_batches(data, args, gen):
-    """Yield an epoch of x float (B, 3, S, S) and targets (B, C), decided by the generator alone."""
-    images, C = data["train"], len(data["meta"]["classes"])
-    n, B = len(images), min(args.batch_size, len(images) // WORLD * WORLD)
-    order = torch.randperm(n, generator=gen)
-    if args.recipe == "deit":  # repeated augmentation: three views each of a third of the images
-        order = order.repeat_interleave(3)[:n][torch.randperm(n, generator=gen)]
-    seeds = torch.randint(2**31, (n,), generator=gen)
-    pairs = torch.stack([order, seeds], dim=1)[: n // B * B]  # whole batches only
-    pairs = pairs[RANK::WORLD].tolist()  # each batch is shared among the processes
-    broken = torch.zeros((), device=args.device)
-    for batch in images.batches(pairs, B // WORLD, args.workers):
-        draw = torch.rand(3, B, generator=gen)[:, RANK::WORLD]
-        x, y, draw = (t.to(args.device) for t in (*batch, draw))
-        broken += (y < 0).sum()
-        targets = F.one_hot(y.clamp(min=0), C) * (y >= 0)[:, None].float()
-        x = normalise(x if images.transform else flip_and_shift(x, draw))
-        yield mix(x, targets, draw) if args.recipe == "deit" else (x, targets)
-    check_broken(int(all_sum(broken)), n, "this epoch")
-
-
-def normalise(x):
-    """uint8 -> float with ImageNet's mean and deviation, whatever the data."""
-    return v2.functional.normalize(x / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-def flip_and_shift(x, draw):
-    """Mirror half the images, shift each by up to S/8 pixels; draw (3, B) is uniform in [0, 1)."""
-    S, pad = x.shape[-1], x.shape[-1] // 8
-    x = torch.where((draw[0] < 0.5)[:, None, None, None], x.flip(-1), x)
-    x = F.pad(x, [pad] * 4).permute(0, 2, 3, 1)
-    shift = (draw[1:] * (2 * pad + 1)).long()[:, :, None]  # (2, B, 1)
-    rows, columns = shift + torch.arange(S, device=x.device)  # (B, S) each
-    image = torch.arange(len(x), device=x.device)[:, None, None]
-    return x[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def mix(x, targets, draw):
-    """DeiT's label smoothing 0.1, random erasing 0.25, and Mixup 0.8 or CutMix 1.0."""
-    targets = 0.9 * targets + 0.1 * targets.sum(1, keepdim=True) / targets.shape[1]
-    for i in (draw[0] < 0.25).nonzero():
-        x[i] = v2.RandomErasing(p=1, value="random")(x[i])
-    return (v2.MixUp(alpha=0.8) if torch.rand(()) < 0.5 else v2.CutMix(alpha=1.0))(x, targets)
-
-
-# ---------------------------------------------------------------- model
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer with stochastic depth."""
+    """A pre-norm transformer layer. In training, drop_path skips its halves for some samples."""
 
     def __init__(self, D, heads, drop_path):
         super().__init__()
-        self.heads, self.drop = heads, StochasticDepth(drop_path, mode="row")
-        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.norm1 = nn.LayerNorm(D, eps=1e-6)
+        self.attn = Attention(D, heads)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        mlp = OrderedDict(fc1=nn.Linear(D, 4 * D), act=nn.GELU(), fc2=nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(mlp)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
-        x = x + self.drop(self.attention(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))  # (B, N, D)
-
-    def attention(self, x):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).reshape(B, N, D))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # (B, N, D)
 
 
 class ViT(nn.Module):
-    """DeiT's vision transformer: CLS token, learned positions, linear head on CLS."""
+    """DeiT's vision transformer. Its parts are named as in the published weights."""
 
-    def __init__(self, D, depth, heads, patch, size, C, drop_path, llm):
+    def __init__(self, D, depth, heads, patch, S, K, drop_path, llm):
         super().__init__()
-        self.embed = nn.Conv2d(3, D, patch, patch)
-        self.cls = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, D))
-        rates = [drop_path * i / (depth - 1) for i in range(depth)]
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, D, patch, patch)))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (S // patch) ** 2, D))
+        rates = torch.linspace(0, drop_path, depth).tolist()  # the deeper, the more
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
-        self.norm, self.head = nn.LayerNorm(D, eps=1e-6), nn.Linear(D, C)
-        weights = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
-        # Assigned after that list: of the LLM block, only the projections are initialised here, as
-        # in the released image code.
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = nn.Linear(D, K)
+        # Only then comes the LLM block, so that its layer keeps its values. The released image
+        # code initialises the two projections like all other matrices.
+        matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         self.llm = llm
         if llm.kind != "none":
-            weights += [llm.proj_in.weight, llm.proj_out.weight]
-        for w in [self.pos, *weights]:
-            nn.init.trunc_normal_(w, std=0.02)
+            matrices += [llm.proj_in.weight, llm.proj_out.weight]
+        for weight in [self.pos_embed, *matrices]:
+            nn.init.trunc_normal_(weight, std=0.02)
 
     def forward(self, x):
-        x = self.embed(x).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N, D)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.pos
-        x = self.blocks(x)  # the host's own encoder
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N - 1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
+        x = self.blocks(x + self.pos_embed)  # the host's own encoder
         x = self.llm(x)  # the frozen LLM block: this line is the paper
         x = self.norm(x)
-        return self.head(x[:, 0])  # (B, C)
+        return self.head(x[:, 0])  # (B, K)
 
 
-def build_model(args, kind, seed, meta):
-    torch.manual_seed(seed)
-    config = MODELS[args.model] | {"patch": args.patch, "size": args.size}
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    llm = LLMBlock(args.llm, config["D"], args.layers, kind, seed=seed, dtype=dtype)
-    drop_path = 0.1 if args.recipe == "deit" else 0.0
-    return ViT(**config, C=len(meta["classes"]), drop_path=drop_path, llm=llm)
+# ---------------------------------------------------------------- loss and metrics
+def compute_loss(args, model, batch):
+    x = normalise(batch[0].to(args.device))  # (B, 3, S, S)
+    y = batch[1].to(args.device)  # (B)
+    if args.recipe != "deit":
+        return F.cross_entropy(model(x), y)
+    erase = v2.RandomErasing(0.25, value="random")
+    x = torch.stack([erase(image) for image in x])
+    K = len(args.classes)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=K), v2.CutMix(num_classes=K)])
+    x, y = mix(x, y)  # y (B, K): how much there is of each class
+    return F.cross_entropy(model(x), y, label_smoothing=0.1)
 
 
-def example(args):
-    """One input of the model, to count its GFLOPs."""
-    return (torch.zeros(1, 3, args.size, args.size),)
-
-
-def param_groups(model, args):
-    """Weight decay on matrices only: not on biases, norms, positions and CLS."""
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        groups[p.ndim > 1 and name not in ("cls", "pos")].append(p)
-    return [{"params": ps, "weight_decay": args.weight_decay * on} for on, ps in groups.items()]
-
-
-def compute_loss(model, batch):
-    x, targets = batch
-    logits = model(x).float()  # (B, C)
-    return -(targets * logits.log_softmax(1)).sum() / targets.sum().clamp(min=1)
+def normalise(x):
+    """uint8 -> float with ImageNet's mean and deviation, as published weights expect."""
+    return v2.functional.normalize(x / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @torch.no_grad()
-def evaluate(model, sets, args):
-    """Top-1 and top-5 in percent, averaged over the sets (one, but for ImageNet-C's 75)."""
+def evaluate(args, model, images):
+    """Top-1 and top-5 accuracy in percent. Only the classes that the images may have compete."""
     model.eval()
-    scores = []
-    for images in sets:
-        counts = torch.zeros(3, device=args.device)  # correct, correct among five, all
-        absent = []  # ImageNet-A and -R have 200 of the 1000 classes: only those compete
-        if args.data in ("imagenet-a", "imagenet-r"):
-            absent = sorted(set(range(model.head.out_features)) - set(images.y.tolist()))
-        pairs = [(i, 0) for i in range(RANK, len(images), WORLD)]
-        for x, y in images.batches(pairs, args.batch_size, args.workers):
-            y = y.to(args.device)
-            with autocast(args):
-                logits = model(normalise(x.to(args.device)))  # (B, C)
-            logits[:, absent] = -torch.inf
-            hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-            counts += torch.stack([hits[:, 0].sum(), hits.sum(), (y >= 0).sum()])
-        counts = all_sum(counts)
-        check_broken(len(images) - int(counts[2]), len(images), "evaluation")
-        scores.append(100 * counts[:2] / counts[2])
-    top1, top5 = torch.stack(scores).mean(0).tolist()
-    return {"top1": round(top1, 3), "top5": round(top5, 3)}
+    absent = sorted(set(range(len(args.classes))) - set(images.present))
+    correct = torch.zeros(2)  # at the first guess, among five
+    for x, y in batches(args, images):
+        logits = model(normalise(x.to(args.device))).cpu()  # (B, K)
+        logits[:, absent] = -torch.inf
+        hits = logits.topk(min(5, len(args.classes))).indices == y[:, None]  # (B, 5)
+        correct += torch.tensor([hits[:, 0].sum(), hits.sum()])
+    top1, top5 = (100 * correct / len(images)).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+# ---------------------------------------------------------------- data
+def batches(args, dataset, seed=None):
+    """All samples in order or, with a seed, this process's part of an epoch, shuffled."""
+    n = len(dataset)
+    size = args.batch_size
+    items = list(enumerate(range(n)))  # pairs (seed of a sample, its index)
+    if seed is not None:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = min(size, n // WORLD * WORLD)
+        whole = n // size * size  # whole batches, each shared out to all processes
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        size = size // WORLD
+    return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
+
+
+class Images(Dataset):
+    """Pairs (image or its file, class) -> x uint8 (3, S, S), class."""
+
+    def __init__(self, pairs, present, transform):
+        self.pairs = pairs
+        self.present = present  # the classes that may occur
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, item):
+        seed, index = item
+        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
+        image, label = self.pairs[index]
+        if isinstance(image, str):
+            with reading(image), Image.open(image) as file:
+                image = file.convert("RGB")
+        return self.transform(image), label
+
+
+def make_transform(S, recipe, train):
+    """From a picture of any size to pixels, uint8 (3, S, S)."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    if recipe == "deit" and train:  # 27 of torchvision's 30 stands for magnitude 9 of timm's 10
+        steps = [v2.RandomResizedCrop(S, interpolation=bicubic), v2.RandomHorizontalFlip()]
+        steps += [v2.RandAugment(2, 27, interpolation=bicubic)]
+    elif recipe == "deit":
+        steps = [v2.Resize(S * 256 // 224, bicubic), v2.CenterCrop(S)]
+    elif train:
+        steps = [v2.Resize(S), v2.RandomCrop(S, padding=S // 8), v2.RandomHorizontalFlip()]
+    else:
+        steps = [v2.Resize(S), v2.CenterCrop(S)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def read_pairs(args, train):
+    """Pairs (image or its file, class) of train or test, and the names of the classes."""
+    root = Path(args.root)
+    if args.data == "toy":
+        indices = range(7_000) if train else range(7_000, 8_500)
+        pairs = [draw_toy(i, MODELS[args.model]["S"])[:2] for i in indices]
+        return pairs, [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    if args.data == "folder":
+        val = root / "val" if (root / "val").is_dir() else root  # --eval takes any class folders
+        folder = ImageFolder(root / "train" if train else val)
+        return folder.samples, folder.classes
+    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[args.data]
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{args.data}.lock"):  # torchrun starts several processes at once
+        dataset = cifar(root, train, download=True)
+    images = map(Image.fromarray, dataset.data)
+    return list(zip(images, dataset.targets, strict=True)), dataset.classes
+
+
+def load_data(args):
+    """{"train", "val", "test": Images}, for --eval the test set alone."""
+    S = MODELS[args.model]["S"]
+    with reading(args.root):
+        test, classes = read_pairs(args, train=False)
+        train = [] if args.eval else read_pairs(args, train=True)[0]
+    # A test set may have fewer classes than the model, as ImageNet-A and -R: they go by name.
+    args.classes = args.classes or classes
+    unknown = sorted(set(classes) - set(args.classes))
+    if unknown:
+        raise UserError(f"{args.root}: class {unknown[0]} is not one of the model's")
+    present = [args.classes.index(name) for name in classes]
+    step = max(1, len(test) // (args.limit or len(test)))  # folders come class by class
+    test = [(image, present[label]) for image, label in test[::step][: args.limit]]
+    test_transform = make_transform(S, args.recipe, train=False)
+    data = {"test": Images(test, present, test_transform)}
+    if train:
+        random.Random(0).shuffle(train)
+        n = len(train) // 10  # held out, to select the best epoch
+        data["val"] = Images(train[:n][: args.limit], present, test_transform)
+        train_transform = make_transform(S, args.recipe, train=True)
+        data["train"] = Images(train[n:][: args.limit], present, train_transform)
+    args.sizes = {name: len(images) for name, images in data.items()}
+    return data
+
+
+COLOURS = {"red": (220, 50, 40), "green": (50, 190, 60), "blue": (50, 80, 220)}
+SHAPES = ("disc", "frame", "triangle", "cross")
+
+
+def draw_toy(index, S):
+    """One shape on clutter: the image, its class, and the shape's pixels as a mask.
+
+    The class is colour and shape together. Place and size say nothing, nor does the bar behind the
+    shape, which has one of the same colours.
+    """
+    rng = random.Random(index)
+    image = Image.new("RGB", (4, 4))
+    image.putdata([tuple(rng.choices(range(80, 170), k=3)) for _ in range(16)])
+    image = image.resize((S, S), Image.Resampling.BILINEAR)  # a soft background
+    tints = [tuple(c + rng.randint(-20, 20) for c in rgb) for rgb in COLOURS.values()]
+    bar = rng.choices(range(S), k=4)
+    ImageDraw.Draw(image).line(bar, rng.choice(tints), width=S // 8)
+    colour = rng.randrange(3)
+    shape = rng.randrange(4)
+    r = rng.randrange(S // 3, S * 4 // 9)
+    x, y = [rng.randrange(r, S - r) for _ in range(2)]
+    mask = Image.new("1", (S, S))
+    pen = ImageDraw.Draw(mask)
+    box = (x - r, y - r, x + r, y + r)
+    if SHAPES[shape] == "disc":
+        pen.ellipse(box, fill=1)
+    elif SHAPES[shape] == "frame":
+        pen.rectangle(box, outline=1, width=r // 2)
+    elif SHAPES[shape] == "triangle":
+        pen.polygon((x - r, y + r, x + r, y + r, x, y - r), fill=1)
+    else:  # a cross
+        pen.line((x - r, y, x + r, y), fill=1, width=r // 2)
+        pen.line((x, y - r, x, y + r), fill=1, width=r // 2)
+    image.paste(tints[colour], mask=mask)
+    return image, 4 * colour + shape, mask
+
+
+# ---------------------------------------------------------------- settings
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--data", choices=("toy", "cifar10", "cifar100", "folder"), default="toy")
+    p.add_argument("--root", default="data", help="where the data is, or is downloaded to")
+    p.add_argument("--model", choices=MODELS, default="micro", help="paper: tiny, small, base")
+    p.add_argument("--init", metavar="FILE", help="start from DeiT's published weights")
+    p.add_argument("--recipe", choices=("light", "deit"), default="light", help="deit: the paper's")
+    p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 300")
+    p.add_argument("--batch-size", type=int, default=24, help="small, for few images; paper: 1024")
+    p.add_argument("--lr", type=float, default=2e-3, help="its peak; for photos rather 1e-3")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="as the paper")
+    p.add_argument("--warmup", type=float, default=1, help="epochs; paper: 20")
+    return parse_shared(p, argv)
+
+
+def build_model(args, kind, seed):
+    torch.manual_seed(seed)
+    config = MODELS[args.model] | {"K": len(args.classes)}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    llm = LLMBlock(args.llm, config["D"], args.layers, kind, seed, dtype)
+    model = ViT(**config, drop_path=0.1 if args.recipe == "deit" else 0.0, llm=llm)
+    if args.init:
+        load_init(model, args.init)
+    return model
+
+
+def load_init(model, path):
+    """Fill the host from a published file; its head, too, if it has as many classes."""
+    weights = read(path)
+    own = model.state_dict()
+    with reading(path):
+        weights = weights.get("model", weights)
+        fitting = {k: w for k, w in weights.items() if k in own and w.shape == own[k].shape}
+    missing = [k for k in own if k not in fitting and not k.startswith(("llm.", "head."))]
+    if missing:
+        raise UserError(f"--init {path} lacks {missing[0]}, or has it in another shape")
+    model.load_state_dict(fitting, strict=False)
+    print(f"{path}: {len(fitting)} tensors loaded, head: {'head.weight' in fitting}")
+
+
+def param_groups(args, model):
+    """Weight decay on matrices alone; the block's projections have a rate of their own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        decay = args.weight_decay if p.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
+        scale = args.proj_lr if name.startswith("llm.proj") else 1.0
+        groups.setdefault((decay, scale), []).append(p)
+    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
 
 
 # ---------------------------------------------------------------- the same in every script
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+WORKERS = max(0, min(8, os.cpu_count() - 2))  # two cores are the training's own
+DEVICES = [name for name in ("cuda", "mps", "cpu") if torch.get_device_module(name).device_count()]
+# May differ when a run is resumed. All other settings, and classes and sizes of the data, may not.
+FREE = ("root", "workers", "device", "compile", "out", "eval", "autocast")
 
-def finish_args(p, argv):
-    """Add the flags of every script, parse (with --eval, a checkpoint's settings are the defaults),
-    check, and resolve `auto`.
-    """
+
+def parse_shared(p, argv):
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
     p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
-    p.add_argument("--seed", type=int, default=0, help="the first seed")
-    p.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
-    p.add_argument("--epochs", type=int, help="default: %(default)s")
-    p.add_argument("--batch-size", type=int, help="of all processes (default: %(default)s)")
-    p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
-    p.add_argument("--weight-decay", type=float, help="default: %(default)s")
-    p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
+    p.add_argument("--proj-lr", type=float, default=1.0, help="the projections' part of --lr")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of every arm")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    p.add_argument("--workers", type=int, default=WORKERS, help="processes that load data")
+    p.add_argument("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
+    p.add_argument("--bf16", action="store_true", help="frozen layers in bf16; autocast on a GPU")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
+    p.set_defaults(classes=None, sizes=None)  # load_data fills them in
     p.error = fail
     args = p.parse_args(argv)
-    if args.eval:
-        p.set_defaults(**load(args.eval)["settings"])
+    if args.eval:  # the checkpoint's settings are the defaults
+        p.set_defaults(**read(args.eval, TASK)["settings"] | {"limit": None, "init": None})
         args = p.parse_args(argv)
-    args.block = list(dict.fromkeys(args.block))  # each arm once
-    if min(args.epochs, args.batch_size, args.seeds, args.limit or 1) < 1:
-        raise UserError("--epochs, --batch-size, --seeds and --limit must be at least 1")
-    if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
-        raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
-    if args.batch_size % WORLD:
+    if args.batch_size < 1 or args.batch_size % WORLD:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
-    if args.device == "auto":  # mps only on request
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not torch.get_device_module(args.device).device_count():
-        raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":
-        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
-            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        else:
-            bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp32"
+    args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
 
-def autocast(args):
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def lr_at(step, steps, warmup, peak):
-    """Linear warm-up, then a cosine from the peak to a hundredth of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    t = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * t)) / 2)
-
-
-def all_sum(x):
-    """Sum of a tensor over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def check_broken(broken, n, where):
-    if broken > max(1, 0.01 * n):
-        raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
-    if broken and RANK == 0:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
-
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-
-def load(path, model=None):
-    """A checkpoint of this script, also into the model."""
-    state = read(path)
-    if not isinstance(state, dict) or state.get("task") != TASK:
-        raise UserError(f"{path} was not written by train_{TASK}.py")
-    try:
-        if model is not None:
-            model.load_state_dict(state["model"])
-    except RuntimeError as e:
-        raise UserError(f"{path} holds a model of another shape: {e}") from e
-    return state
-
-
-def train_epoch(args, model, optimizer, data, epoch, gen, name):
-    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
-    start, total = time.perf_counter(), torch.zeros((), device=args.device)
-    steps = max(1, len(data["train"]) // args.batch_size)
-    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
-    model.train()
-    for step, batch in enumerate(bar, epoch * steps):
-        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        with autocast(args):
-            loss = compute_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-        last = step + 1 == steps * (epoch + 1)
-        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
-            where = f"at step {step + 1}, learning rate {lr:.1e}"
-            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
-                            "try a lower --lr, with another --out")  # fmt: skip
-    loss = all_sum(total).item() / steps / WORLD
-    samples = steps * min(args.batch_size, len(data["train"]))
-    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
-
-
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or resume it; test its best epoch once."""
-    out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
-             "sizes": data["sizes"], "history": [], "seconds": 0.0, "result": None}  # fmt: skip
-    if (out / "last.pt").exists():
-        state = load(out / "last.pt")
-        if changed := [k for k in settings if state["settings"].get(k) != settings[k]]:
-            theirs = f"--{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}"
-            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
-        if [state["meta"], state.get("sizes")] != [data["meta"], data["sizes"]]:
-            theirs = f"other data, {state.get('sizes')}"
-            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
-    if state["result"]:
-        return state["result"]
-    model, history = build_model(args, kind, seed, data["meta"]).to(args.device), state["history"]
-    optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
-    if history:
-        optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: resuming after epoch {len(history)}")
-    if args.compile:
-        model.compile()
-    ddp = model
-    if WORLD > 1:
-        ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
-    out.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    for epoch in range(len(history), args.epochs):
-        # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
-        torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
-        gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
+    """Train one arm with one seed, or go on with it; test its best epoch. Returns the RESULT."""
+    out = Path(args.out, f"{TASK}-{args.data}-{args.model}", f"{kind}-s{seed}")
+    model = build_model(args, kind, seed).to(args.device)
+    optimizer = torch.optim.AdamW(param_groups(args, model), fused=True)
+    state = resume(args, Path(args.eval or out / "last.pt"), kind, seed, model, optimizer)
+    if args.eval or state["result"]:
+        return test(args, model, state, data) if args.eval else state["result"]
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = torch.compile(ddp, disable=not args.compile)
+    for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
-        val = evaluate(model, data["val"], args)
-        state["seconds"] += time.perf_counter() - start
-        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
-        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
-            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
-        if RANK == 0:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
-                save(state | {"optimizer": None}, out / "best.pt")
-            (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
-    if WORLD > 1:
-        dist.barrier()  # until best.pt is there
-    load(out / "best.pt", model)
-    state["result"] = report(args, model, state, data)
-    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
-        save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
+        loader = batches(args, data["train"], 1000 * seed + epoch)
+        steps = len(loader)
+        total = 0
+        model.train()
+        for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
+            # All randomness follows from the seed and the step: that makes resuming exact.
+            torch.manual_seed(hash((seed, epoch, step, RANK)))
+            # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
+            now = epoch + step / steps
+            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
+            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * rate * group["lr_scale"]
+            # 2) forward and backward
+            with args.autocast:
+                loss = compute_loss(args, ddp, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            # 3) clip the gradient and step
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            total += loss.detach()
+        row = {"epoch": epoch + 1, "loss": total.item() / steps}
+        row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["seconds"] = time.perf_counter() - start
+        save_epoch(out, state, row, model, optimizer)
+    if args.epochs > 0:
+        model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    state["result"] = test(args, model, state, data)
+    if args.epochs > 0 and RANK == 0:
+        save(state, out / "last.pt")
     return state["result"]
 
 
-def report(args, model, state, data):
-    """Test, and return the contents of the RESULT line."""
-    metrics, record = evaluate(model, data["test"], args), model.llm.record
-    speeds = [row["samples_per_s"] for row in state["history"]]
-    inputs = [x.to(args.device) for x in example(args)]
-    peak, chip = None, f"{platform.machine()}, {os.cpu_count()} cores"
-    if args.device == "cuda":
-        peak, chip = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
-    elif sys.platform == "linux":  # of the whole process, so at least that of earlier arms
-        import resource  # not on Windows
+def resume(args, path, kind, seed, model, optimizer):
+    """The state of a new run or, if there is a checkpoint, that one's, which is loaded."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings |= {"block": [kind], "seeds": [seed], "frozen weights": model.llm.record.get("hash")}
+    state = {"task": TASK, "settings": settings, "history": [], "result": None}
+    if path.exists():
+        state = read(path, TASK)
+        for key in ("classes", "frozen weights") if args.eval else settings:
+            saved = state["settings"].get(key)
+            if saved != settings[key]:
+                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: use another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    return state
 
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def save_epoch(out, state, row, model, optimizer):
+    """metrics.jsonl, best.pt and, at last, last.pt: if killed before, the epoch is run again."""
+    if not math.isfinite(row["loss"]):
+        raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
+    state["history"].append(row)
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
+    print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
+        if values[-1] == BEST(values):
+            save(state, out / "best.pt")
+        save(state, out / "last.pt")
+    if WORLD > 1:
+        dist.barrier()  # until they are written
+
+
+def test(args, model, state, data):
+    """Score the test set, once. Returns what the RESULT line says."""
+    metrics = args.autocast(evaluate)(args, model, data["test"])
+    weights = [p for layer in model.llm.layers for p in layer.parameters()]
+    history = state["history"]
     return {
-        "task": TASK, "data": args.data, "model": args.model, "kind": state["kind"],
-        "llm": record.get("llm"), "layers": record.get("layers"), "seed": state["seed"],
-        "metrics": metrics, "params_trainable": sum(p.numel() for p in model.parameters()),
-        "params_frozen": sum(b.numel() for b in model.llm.layers.buffers()),
-        "gflops_per_sample": round(count_gflops(model, *inputs), 4),
-        "samples_per_s": round(sum(speeds) / len(speeds), 1),
-        "peak_mem_mb": peak and round(peak / 2**20), "seconds": round(state["seconds"], 1),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                     "transformers": transformers.__version__, "device": chip},
+        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.kind,
+        "llm": Path(args.llm).name, "layers": model.llm.record.get("layers"),
+        "seed": state["settings"]["seeds"][0], "epochs": args.epochs, "lr": args.lr,
+        "proj_lr": args.proj_lr, "metrics": {k: round(v, 3) for k, v in metrics.items()},
+        "params_trainable": sum(p.numel() for p in model.parameters()),
+        "params_frozen": sum(p.numel() for p in weights if not p.requires_grad),
+        "samples_per_s": round(history[-1]["samples_per_s"], 1) if history else None,
+        "seconds": round(sum(r["seconds"] for r in history), 1), "date": time.strftime("%Y-%m-%d"),
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }  # fmt: skip
-
-
-def summarise(results):
-    """Mean ± standard deviation over the seeds of each arm."""
-    rows = [["block", "n", *results[0]["metrics"]]]
-    for kind in dict.fromkeys(r["kind"] for r in results):
-        runs = [list(r["metrics"].values()) for r in results if r["kind"] == kind]
-        rows.append([kind, len(runs)])
-        for x in torch.tensor(runs, dtype=torch.float64).T:  # one metric of all seeds
-            rows[-1].append(f"{x.mean():.2f}" + (f" ± {x.std():.2f}" if len(x) > 1 else ""))
-    for row in rows:
-        say(f"{row[0]:12}" + "".join(f"{cell:>16}" for cell in row[1:]))
 
 
 def main(argv=None):
     args = parse_args(argv)
     if WORLD > 1:
+        sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=12))  # the first may read for long
-    saved = load(args.eval) if args.eval else None
-    if RANK:
-        dist.barrier()  # the first process goes ahead and downloads what is missing
-    data = load_data(args, saved and saved["meta"])
-    if saved and data["meta"] != saved["meta"]:
-        raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    say(f"{TASK} {args.data} {args.model} on {args.device} in {args.precision}: {data['sizes']}")
-    if saved:
-        model = build_model(args, saved["kind"], saved["seed"], saved["meta"])
-        load(args.eval, model)
-        results = [report(args, model.to(args.device), saved, data)]
-        say("RESULT " + json.dumps(results[0]))
-    else:
-        results = []
-        for kind in args.block:  # what cannot be built fails now, and not after the first arm
-            build_model(args, kind, args.seed, data["meta"])
-        for seed in range(args.seed, args.seed + args.seeds):
-            for kind in args.block:
-                results.append(train(args, kind, seed, data))
-                say("RESULT " + json.dumps(results[-1]))
-    if len(results) > 1:
-        summarise(results)
-    if WORLD > 1:
-        dist.destroy_process_group()
+        dist.init_process_group()
+    data = load_data(args)
+    if min(args.sizes.values()) < WORLD:
+        raise UserError(f"{args.sizes}: too few samples")
+    print(TASK, args.data, args.model, args.device, args.sizes)
+    results = []
+    for seed in args.seeds:
+        for kind in args.block:
+            results.append(train(args, kind, seed, data))
+            print("RESULT", json.dumps(results[-1]), flush=True)
+    for kind in args.block:  # a small table
+        for name in results[0]["metrics"]:
+            values = [r["metrics"][name] for r in results if r["kind"] == kind]
+            sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            print(f"{kind:12}{name:16}{np.mean(values):8.2f} ± {sd:.2f}")
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as e:
-        fail(e)
-    except KeyboardInterrupt:
-        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+    run(main)
