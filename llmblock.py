@@ -102,8 +102,8 @@ class LLMBlock(nn.Module):
             if self.kind in ("random", "trained"):
                 layer.to_empty(device="cpu").apply(llm._init_weights)
             else:
-                values = read_layer(root, repo, f"{path}.{i}", list(layer.state_dict()))
-                layer.load_state_dict(values, assign=True)
+                names = list(layer.state_dict())
+                layer.load_state_dict(read_layer(root, repo, f"{path}.{i}", names), assign=True)
             if self.kind == "shuffled":  # every tensor keeps its values and loses their order
                 for p in layer.parameters():
                     p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
@@ -183,7 +183,8 @@ def hash_weights(layers):
     for layer in layers:
         for name, t in sorted(layer.state_dict().items()):
             bits = t.bfloat16().contiguous().view(torch.int16)
-            digest.update(name.encode() + bits.numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(bits.numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -227,14 +227,13 @@ def load_data(args):
     """{"train", "val", "test": Images}, for --eval the test set alone."""
     S = MODELS[args.model]["S"]
     with reading(args.root):
-        test, classes = read_pairs(args, train=False)
-        train = [] if args.eval else read_pairs(args, train=True)[0]
+        train, args.classes = ([], args.classes) if args.eval else read_pairs(args, train=True)
+        test, names = read_pairs(args, train=False)
     # A test set may have fewer classes than the model, as ImageNet-A and -R: they go by name.
-    args.classes = args.classes or classes
-    unknown = sorted(set(classes) - set(args.classes))
+    unknown = sorted(set(names) - set(args.classes))
     if unknown:
         raise UserError(f"{args.root}: class {unknown[0]} is not one of the model's")
-    present = [args.classes.index(name) for name in classes]
+    present = [args.classes.index(name) for name in names]
     step = max(1, len(test) // (args.limit or len(test)))  # folders come class by class
     test = [(image, present[label]) for image, label in test[::step][: args.limit]]
     test_transform = make_transform(S, args.recipe, train=False)
@@ -242,9 +241,10 @@ def load_data(args):
     if train:
         random.Random(0).shuffle(train)
         n = len(train) // 10  # held out, to select the best epoch
-        data["val"] = Images(train[:n][: args.limit], present, test_transform)
+        every = range(len(args.classes))
+        data["val"] = Images(train[:n][: args.limit], every, test_transform)
         train_transform = make_transform(S, args.recipe, train=True)
-        data["train"] = Images(train[n:][: args.limit], present, train_transform)
+        data["train"] = Images(train[n:][: args.limit], every, train_transform)
     args.sizes = {name: len(images) for name, images in data.items()}
     return data
 
