@@ -1,360 +1,286 @@
-"""What the block does to the tokens, as pictures and numbers; and the table of results.
+"""What the block does to the tokens, as pictures and numbers; and tables of results.
 
-    python visualize.py runs/image-toy-micro                    # all runs in a directory, ...
-    python visualize.py runs/*/pretrained-s0 --n 4              # ... these, or checkpoints
-    python visualize.py RUN --data folder --root DIR            # on other data
-    python visualize.py RUN --masks DIR [--foreground 8 9]      # an image model on masked images
+    python visualize.py runs/image-toy-micro              # all runs in a directory, ...
+    python visualize.py runs/*/pretrained-s0 --n 4        # ... these, or checkpoints
+    python visualize.py RUN --masks DIR                   # DIR/images, DIR/masks: same names
+    python visualize.py tests/results.jsonl               # only tables, of RESULT lines
 
-Prints a markdown table of the runs' results. Where masks say which tokens are foreground (toys of
-images and video know theirs), also how well activations find them: the paper's information
-filtering, section 4. Into --out go a picture of every checkpoint, one that compares the arms,
-learning curves, and numbers.json. Other flags, after the runs, are passed to the script that
-wrote the checkpoint: --root, --llm, --device, ...
+Prints a markdown table of the results. Into --out go a picture of every checkpoint and one that
+compares the arms. Where masks say which tokens are foreground (image toys know theirs), it also
+tells how well activations find them: the paper's information filtering, section 4. Other flags,
+after the runs, go to the script that wrote the checkpoint (--root, --llm, ...).
 
 Letters: B batch, N tokens, D width, S side of an image in pixels, T frames.
 """
 
 import argparse
-import functools
 import importlib
 import json
 import math
-import sys
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from torchvision.transforms import v2
 
-from llmblock import KINDS, UserError, fail, read
+from llmblock import KINDS, UserError, fail, read, reading, run
 
 FONT = ImageFont.load_default(13)
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="directories or checkpoints")
-    p.add_argument("--masks", metavar="DIR", help="images, and .png files of the same names in "
-                   "folders called mask..., ...annot or ...segmentation")  # fmt: skip
-    p.add_argument("--foreground", type=int, nargs="+", help="values in a mask (default: not 0)")
-    p.add_argument("--n", type=int, default=8, help="samples in a picture")
-    p.add_argument("--out", default="figures", help="directory of what is written")
-    p.error = fail
-    args, args.rest = p.parse_known_args(argv)
-    if args.n < 1:
-        raise UserError("--n must be at least 1")
-    return args
+TASKS = ("image", "pointcloud", "video", "motion", "vqa", "retrieval")
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom: any book of statistics.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # ---------------------------------------------------------------- what the model computes
-
-
-def open_run(path, flags):
-    """The script that wrote a checkpoint, its args, what was saved, and the model."""
-    saved = read(path)
-    if not isinstance(saved, dict) or saved.get("task") not in SEE:
-        raise UserError(f"{path} was not written by a training script")
-    script = importlib.import_module(f"train_{saved['task']}")
-    args = script.parse_args(["--eval", str(path), *flags])
-    model = script.build_model(args, saved["kind"], saved["seed"], saved["meta"])
-    script.load(path, model)
-    return script, args, saved, model.to(args.device).eval()
-
-
 @torch.no_grad()
-def look(script, args, model, inputs):
-    """The model's output, {stage: tokens (B, N, dim or D)}, how much the host's last layer attends
-    to each token (B, N), its heads summed, and which tokens are real (B, N), or None.
-    """
-    seen, attend = {}, F.scaled_dot_product_attention
+def look(model, inputs):
+    """What happens in the model: its output; {stage: tokens (B, N, D)}; attention (B, N) of the
+    host's last layer to each token; which tokens are real (B, N), or None."""
+    attention = find_attention(model)
+    calls = {}  # module: the arguments of its last call
 
-    def record(q, k, v, attn_mask=None, **options):
-        seen["last"] = q, k, attn_mask
-        return attend(q, k, v, attn_mask=attn_mask, **options)
+    def remember(module, args, kwargs):
+        calls[module] = (args, kwargs)
 
-    def enter(block, tokens):  # what attends from here on is the LLM
-        (q, k, mask), seen["tokens"] = seen["last"], tokens
-        logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, M, N)
-        logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
-        seen["weights"] = logits.softmax(-1).sum(1)  # (B, M, N)
+    hooks = [
+        m.register_forward_pre_hook(remember, with_kwargs=True) for m in (attention, model.llm)
+    ]
+    output = model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    tokens, *mask = calls[model.llm][0]  # (tokens) or (tokens, mask)
+    mask = mask[0] if mask else None
+    return output, stages(model.llm, tokens, mask), attend(attention, *calls[attention]), mask
 
-    hook = model.llm.register_forward_pre_hook(enter)
-    with script.autocast(args), mock.patch.object(F, "scaled_dot_product_attention", record):
-        output = model(*(x.to(args.device) for x in inputs))
-    hook.remove()
-    with script.autocast(args):
-        stages = model.llm.stages(*seen["tokens"])
-    if model.llm.kind == "none":
-        del stages["proj_out"]  # the host's tokens once more
-    # Of the token that the head reads: CLS, the question, the target. In video it reads the mean.
-    weights = seen["weights"].mean(1) if script.TASK == "video" else seen["weights"][:, 0]
-    real = seen["tokens"][1] if len(seen["tokens"]) > 1 else None
-    return output, stages, weights, real
+
+def stages(llm, x, mask=None):
+    """Tokens on their way through the block: host and proj_out (B, N, dim), the others (B, N, D).
+    attention and ffn: the residual stream of the LLM's last layer behind these two."""
+    found = {"host": x}
+    if llm.kind == "none":
+        return found
+    found["proj_in"] = llm.proj_in(x)
+    if llm.layers:
+        # The FFN is the last child with matrices; silenced, it leaves what the attention gives.
+        children = llm.layers[-1].children()
+        ffn = [m for m in children if any(p.ndim > 1 for p in m.parameters())][-1]
+        hook = ffn.register_forward_hook(lambda m, args, y: y * 0)
+        found["attention"] = llm.run_layers(found["proj_in"], mask)
+        hook.remove()
+        found["ffn"] = llm.run_layers(found["proj_in"], mask)
+    found["proj_out"] = llm(x, mask)
+    return found
+
+
+def find_attention(model):
+    """The host's last self-attention over the tokens that the block gets."""
+    found = []
+    for name, module in model.named_modules():
+        if name.endswith("attn") and not name.startswith("llm") and "multihead" not in name:
+            if "text_layers" not in name:
+                found.append(module)
+    return found[-1]
+
+
+def attend(module, args, kwargs):
+    """How much the token that the head reads attends to each, all heads together: (B, N)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module(*args, **kwargs | {"need_weights": True})[1][:, 0]
+    x = args[0]
+    B, N, D = x.shape
+    bias = module.qkv.bias
+    if hasattr(module, "q_bias"):  # VideoMAE's
+        bias = torch.cat([module.q_bias, torch.zeros_like(module.q_bias), module.v_bias])
+    qkv = F.linear(x, module.qkv.weight, bias).view(B, N, 3, module.heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)  # (B, N, N)
+    # In video, the head reads the mean of all tokens, elsewhere the first one.
+    return weights.mean(1) if hasattr(module, "q_bias") else weights[:, 0]
 
 
 def unit(heat):
-    """The last axis, stretched to 0 ... 1; what is constant becomes 0."""
-    low, high = heat.amin(-1, keepdim=True), heat.amax(-1, keepdim=True)
-    return (heat - low) / (high - low).clamp(min=1e-12)
+    """Stretch to 0 ... 1; what is constant becomes 0."""
+    return (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
 
 
 def magnitude(x):
-    """How far tokens (..., N, D) are from their mean, 0 to 1: (..., N)."""
-    return unit((x - x.mean(-2, keepdim=True)).norm(dim=-1))
+    """How far tokens (N, D) are from their mean: (N)."""
+    return (x - x.mean(0)).norm(dim=1)
 
 
 def frequency(x):
-    """How far the phases of tokens' Fourier transforms over channels are from their mean.
+    """How far the phases of tokens' Fourier transforms over channels are from their mean: (N).
 
     NOTE(paper): its printed code averages over the first axis of a grid (H, W, D), its text over
     all tokens. So do we.
     """
-    phase = torch.fft.fft(x, dim=-1).angle()
-    return unit((phase - phase.mean(-2, keepdim=True)).norm(dim=-1))
+    phase = torch.fft.fft(x, dim=1).angle()
+    return (phase - phase.mean(0)).norm(dim=1)
 
 
-def heat_maps(stages, weights, real, skip):
+def heat_maps(tokens, attention, mask, skip):
     """{"stage measure": (B, N)}, 0 to 1, without the first `skip` tokens; padding is 0."""
-    sources = {f"{k} {f.__name__}": (f, x) for k, x in stages.items() for f in MEASURES}
-    sources["host attention-map"] = lambda x: unit(x[..., 0]), weights[..., None]
     maps = {}
-    for name, (f, x) in sources.items():
-        x = x[:, skip:].float()  # (B, N, D)
-        maps[name] = torch.zeros(x.shape[:2])
-        there = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real[:, skip:].cpu()
-        if there.all():
-            maps[name] = f(x).cpu()
-        else:
-            for heat, tokens, mask in zip(maps[name], x.cpu(), there, strict=True):
-                heat[mask] = f(tokens[mask])
-    return maps
-
-
-MEASURES = (magnitude, frequency)
+    B, N = attention.shape
+    for i in range(B):
+        real = torch.arange(N) >= skip
+        if mask is not None:
+            real = real & mask[i].cpu()
+        values = {"host attention-map": attention[i].cpu()[real]}
+        for stage, x in tokens.items():
+            x = x[i].float().cpu()[real]
+            values[f"{stage} magnitude"] = magnitude(x)
+            values[f"{stage} frequency"] = frequency(x)
+        for name, heat in values.items():
+            whole = torch.zeros(N)
+            whole[real] = unit(heat)
+            maps.setdefault(name, []).append(whole[skip:])
+    return {name: torch.stack(rows) for name, rows in maps.items()}
 
 
 # ---------------------------------------------------------------- how well they find foreground
+def best_iou(heat, mask):
+    """Intersection over union of heat (N) above t and mask (N), at the best of nine t.
 
-
-def iou(heat, mask, t):
-    """Intersection over union (B) of heat (B, N) above t and mask (B, N) bool."""
-    return ((heat > t) & mask).sum(1) / ((heat > t) | mask).sum(1)
+    NOTE(paper): this knows the answer when it chooses t, image by image.
+    """
+    values = []
+    for t in range(1, 10):
+        found = heat > t / 10
+        values.append(((found & mask).sum() / (found | mask).sum()).item())
+    return max(values)
 
 
 def average_precision(heat, mask):
-    """(B): over foreground tokens, the mean share of foreground among all at least as hot."""
-    above = heat[:, None] >= heat[:, :, None]  # (B, token, at least as hot)
-    precision = (above & mask[:, None]).sum(2) / above.sum(2)
-    return (precision * mask).sum(1) / mask.sum(1)
+    """Over foreground tokens, the mean share of foreground among all tokens at least as hot."""
+    shares = [mask[heat >= h].float().mean().item() for h in heat[mask]]
+    return sum(shares) / len(shares)
 
 
-def scores(heat, mask):
-    """(B, 3), percent: IoU at the best of nine thresholds, IoU at 0.5, average precision.
-
-    NOTE(paper): it reports the first, which knows the answer when it chooses the threshold.
-    """
-    best = torch.stack([iou(heat, mask, t / 10) for t in range(1, 10)]).amax(0)
-    return 100 * torch.stack([best, iou(heat, mask, 0.5), average_precision(heat, mask)], dim=1)
-
-
-SCORES = {"iou_best": "IoU at the best threshold for each image", "iou_half": "IoU at threshold "
-          "0.5", "ap": "Average precision"}  # fmt: skip
-
-
-def find_masked(script, args, masks, foreground):
-    """How many pictures have masks, and a function of indices (B) that gives x uint8
-    (B, T, 3, S, S), labels, -1 if unknown, and masks (B, T, S, S) bool; or 0, None. Images: T = 1.
-    """
-    if masks and script.TASK != "image":
-        raise UserError(f"--masks is for image models, train_{script.TASK}.py wrote this one")
-    if masks:
-        pairs = find_pairs(Path(masks))
-        return len(pairs), lambda some: read_masked(pairs, some, args.size, foreground)
-    if args.data != "toy" or script.TASK not in ("image", "video"):
-        return 0, None
-    if script.TASK == "image":  # these seeds drew the test set, or half of it
-        x, y, mask = script.draw_toy(1000, 10, args.size)
-        x, mask = x[:, None], mask[:, None]
-    else:
-        drawn = [script.draw_toy(500, seed, args.frames, args.size) for seed in (12, 13)]
-        x, y, mask = (torch.cat(column) for column in zip(*drawn, strict=True))
-    return len(x), lambda some: (x[some], y[some], mask[some])
+def masked_pictures(script, S, masks):
+    """Yield pixels uint8 (3, S, S) and their foreground (S, S): of DIR/images and DIR/masks, or
+    toys that were drawn for nothing else."""
+    if masks is None:
+        for index in range(10_000, 10_200):
+            image, _, mask = script.draw_toy(index, S)
+            yield v2.functional.pil_to_tensor(image), v2.functional.pil_to_tensor(mask)[0] > 0
+        return
+    names = {path.stem: path for path in sorted(Path(masks, "masks").glob("*"))}
+    crop = script.make_transform(S, "light", train=False)
+    for path in sorted(Path(masks, "images").glob("*")):
+        if path.stem in names:
+            with reading(path), Image.open(path) as image, Image.open(names[path.stem]) as mask:
+                mask = Image.fromarray(255 * (np.array(mask) > 0).astype(np.uint8))
+                yield crop(image.convert("RGB")), crop(mask)[0] > 127
 
 
-def find_pairs(root):
-    """[(image, mask)] of files with the same name but for its ending."""
-    found = {}, {}
-    for p in sorted(root.rglob("*")):
-        folders = " ".join(p.relative_to(root).parent.parts).lower()
-        is_mask = any(word in folders for word in ("mask", "annot", "segment"))
-        if p.suffix.lower() in ((".png",) if is_mask else (".jpg", ".jpeg", ".png")):
-            found[is_mask][p.stem] = p
-    pairs = [(p, found[1][name]) for name, p in found[0].items() if name in found[1]]
-    if not pairs:
-        text = f"{len(found[0])} images and {len(found[1])} masks, no two of one name"
-        raise UserError(f"--masks {root} has {text}")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    return [pairs[i] for i in order]  # files come class by class
+def measure_masks(script, args, model, masks):
+    """{"stage measure": [average precision, best IoU, the same two by chance]}, percent. A token is
+    foreground where at least half of its patch is."""
+    patch, S = script.MODELS[args.model]["patch"], script.MODELS[args.model]["S"]
+    generator = torch.Generator().manual_seed(0)
+    scores = {}
+    for pixels, mask in masked_pictures(script, S, masks):
+        mask = F.avg_pool2d(mask[None].float(), patch).flatten() >= 0.5  # (N)
+        if mask.any() and not mask.all():
+            x = script.normalise(pixels[None].to(args.device))
+            order = torch.randperm(len(mask), generator=generator)
+            for name, heat in heat_maps(*look(model, (x,))[1:], skip=1).items():
+                row = []
+                for h in (heat[0], heat[0][order]):
+                    row += [100 * average_precision(h, mask), 100 * best_iou(h, mask)]
+                scores.setdefault(name, []).append(row)
+    if not scores:
+        raise UserError(f"{masks}: no images/NAME and masks/NAME with some foreground, not all")
+    return {name: np.mean(rows, axis=0) for name, rows in scores.items()}
 
 
-def read_masked(pairs, some, S, foreground):
-    """See find_masked; cropped as train_image.py crops its folders."""
-    x, masks = [], []
-    for image, mask in [pairs[i] for i in some]:
-        try:
-            with Image.open(image) as a, Image.open(mask) as b:
-                picture = v2.functional.pil_to_tensor(a.convert("RGB"))
-                mask = torch.from_numpy(np.array(b)).int()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise UserError(f"{image} or its mask {mask} cannot be read: {e}") from e
-        if mask.ndim == 3:  # ImageNet-S: a class is red + 256 green, and 1000 is to be ignored
-            mask = mask[..., 0] + 256 * mask[..., 1]
-            mask[mask == 1000] = 0
-        if mask.shape != picture.shape[1:]:
-            raise UserError(f"{image} is {picture.shape[2]} pixels wide, its mask {mask.shape[1]}")
-        mask = torch.isin(mask, torch.tensor(foreground)) if foreground else mask > 0
-        for list_, z, how in ((x, picture, "BICUBIC"), (masks, mask[None].byte(), "NEAREST")):
-            z = v2.functional.resize(z, S, v2.InterpolationMode[how])
-            list_.append(v2.functional.center_crop(z, [S, S])[None])
-    return torch.stack(x), torch.full((len(x),), -1), torch.cat(masks) > 0
-
-
-def on_tokens(script, args, mask):
-    """Masks (B, T, S, S) of tokens (B, N): at least half of a patch or tubelet is foreground."""
-    image = script.TASK == "image"
-    patch = args.patch if image else script.MODELS[args.model]["patch"]
-    return F.avg_pool3d(mask.float(), (1 if image else 2, patch, patch)).flatten(1) >= 0.5
-
-
-def measure_masks(script, args, model, masked, n):
-    """{"stage measure": (images, 6)}: scores, and scores of the same heat with tokens exchanged."""
-    found, gen, used = {}, torch.Generator().manual_seed(0), 0
-    for some in torch.arange(n).split(100):
-        x, _, mask = masked(some)
-        mask = on_tokens(script, args, mask)
-        good = mask.any(1) & ~mask.all(1)
-        used += int(good.sum())
-        if good.any():
-            _, *seen = look(script, args, model, prepare(script, args, x[good]))
-            order = torch.rand(mask[good].shape, generator=gen).argsort(1)
-            for name, heat in heat_maps(*seen, script.TASK == "image").items():
-                both = [scores(h, mask[good]) for h in (heat, heat.gather(1, order))]
-                found.setdefault(name, []).append(torch.cat(both, dim=1))
-    if not found:
-        raise UserError(f"none of {n} masks covers a token, and not all of them")
-    if used < n:
-        print(f"{n - used} of {n} masks cover no token, or all, and are left out")
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def mask_tables(arms):
-    """Markdown tables of each score for arms {name: [measure_masks of every seed]}."""
-    names, lines = max((runs[0] for runs in arms.values()), key=len), []
-    n = len(next(iter(names.values())))
-    for column, title in enumerate(SCORES.values()):
-        lines += [f"\n{title}, percent, mean of {n} ± 95 % interval (by chance)\n"]
-        lines += ["| stage | measure | " + " | ".join(arms) + " |"]
-        lines += ["|---|---" + "|---:" * len(arms) + "|"]
-        for name in names:
-            cells = name.split()
-            for runs in arms.values():
-                if name not in runs[0]:
-                    cells.append("")
-                    continue
-                x = torch.stack([run[name] for run in runs])
-                mean, chance = x.mean((0, 1))[[column, column + 3]].tolist()
-                values = x.mean(1)[:, column] if len(x) > 1 else x[0, :, column]
-                cells.append(f"{mean:.1f} ± {interval(values.tolist()):.1f} ({chance:.1f})")
-            lines.append("| " + " | ".join(cells) + " |")
+def mask_table(arms):
+    """Markdown of {arm: [measure_masks of every seed]}."""
+    lines = ["\nAverage precision / IoU at each image's best threshold (by chance), percent\n"]
+    lines.append("| stage | measure | " + " | ".join(arms) + " |")
+    lines.append("|---|---|" + "---:|" * len(arms))
+    for name in max((seeds[0] for seeds in arms.values()), key=len):
+        cells = name.split()
+        for seeds in arms.values():
+            if name not in seeds[0]:
+                cells.append("")
+                continue
+            columns = np.array([scores[name] for scores in seeds]).T  # (4, seeds)
+            chance = "{:.0f} / {:.0f}".format(*columns[2:].mean(1))
+            cells.append(f"{spread(columns[0])} / {spread(columns[1])} ({chance})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- results and learning curves
+def spread(values):
+    """Mean ± standard deviation of some seeds, as text."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-@functools.cache
-def t95(df):
-    """The 97.5 % quantile of Student's t with df degrees of freedom, by integrating its density."""
-    x = torch.linspace(0, 13, 1_300_001, dtype=torch.float64)
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    below = torch.cumulative_trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)
-    return x[torch.searchsorted(below, 0.475)].item()
-
-
-def interval(values):
-    """Half the width of the 95 % interval of their mean, of at least two values."""
-    return t95(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-
-
-def results_table(results):
-    """Markdown of RESULT lines of one task, data set and model: a row for each arm."""
-    arms, metrics = {}, list(results[0]["metrics"])
+def gain(results, baselines):
+    """Mean difference of the first metric to `none` with the same seed, ± its 95 % interval."""
+    none = {r["seed"]: first_metric(r) for r in baselines}
+    differences = []
     for r in results:
-        arm = arms.setdefault((r["kind"], Path(r["llm"] or "").name, str(r["layers"] or "")), {})
-        if r["seed"] in arm:
-            raise UserError(f"two runs are of block {r['kind']}, LLM {r['llm']}, seed {r['seed']}")
-        arm[r["seed"]] = r
-    none = arms.get(("none", "", ""), {})
-    head = ["block", "LLM", "layers", "seeds", *metrics, f"{metrics[0]} - none (95 % interval)"]
-    head += ["trained", "frozen", "GFLOPs", "samples/s"]
-    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
-    for arm, runs in sorted(arms.items(), key=lambda item: KINDS.index(item[0][0])):
-        row = [*arm, str(len(runs))]
-        for metric in metrics:
-            x = [r["metrics"].get(metric, math.nan) for r in runs.values()]
-            row.append(f"{np.mean(x):.2f}" + (f" ± {np.std(x, ddof=1):.2f}" if len(x) > 1 else ""))
-        gain = [runs[s]["metrics"][metrics[0]] - none[s]["metrics"][metrics[0]]
-                for s in runs if s in none and runs is not none]  # fmt: skip
-        row.append(f"{np.mean(gain):+.2f}" if gain else "")
-        row[-1] += f" ± {interval(gain):.2f}" if len(gain) > 1 else ""
-        last = list(runs.values())[-1]
-        row += [f"{last[k]:,}" for k in ("params_trainable", "params_frozen", "gflops_per_sample")]
-        lines.append([*row, f"{np.mean([r['samples_per_s'] for r in runs.values()]):.0f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+        if r["seed"] in none and r["kind"] != "none":
+            differences.append(first_metric(r) - none[r["seed"]])
+    n = len(differences)
+    if n < 2:
+        return f"{differences[0]:+.2f}" if differences else ""
+    t = T95[min(n - 1, len(T95)) - 1]
+    interval = t * np.std(differences, ddof=1) / math.sqrt(n)
+    return f"{np.mean(differences):+.2f} ± {interval:.2f}"
 
 
-COLOURS = ("#777777", "#999933", "#44aa99", "#4477aa", "#aa7744", "#cc3311", "#882255", "#117733")
+def first_metric(result):
+    return next(iter(result["metrics"].values()))
 
 
-def draw_curves(histories):
-    """Loss and validation metric by epoch, of [(arm, rows of metrics.jsonl)]."""
-    W, H, left = 360, 260, 60
-    image = Image.new("RGB", (2 * (W + 200), H + 80), "white")
-    draw, epochs = ImageDraw.Draw(image), max(len(rows) for _, rows in histories)
-    for name in ("loss", next(k for k in histories[0][1][0] if k.startswith("val_"))):
-        values, ends = [row[name] for _, rows in histories for row in rows], {}
-        low, high = min(values), max(values) + 1e-9
-        draw.text((left, 15), f"{name} by epoch", "black", FONT)
-        for part in (0, 0.25, 0.5, 0.75, 1):
-            y = 40 + H * part
-            draw.line([left, y, left + W, y], "#dddddd")
-            draw.text((left - 8, y), f"{high - (high - low) * part:.3g}", "black", FONT, "rm")
-        draw.text((left, H + 50), "1", "black", FONT, "mt")
-        draw.text((left + W, H + 50), str(epochs), "black", FONT, "rt")
-        for arm, rows in histories:
-            colour = COLOURS[KINDS.index(arm.split()[0])]
-            at = [(left + W * (row["epoch"] - 1) / max(1, epochs - 1),
-                   40 + H * (high - row[name]) / (high - low)) for row in rows]  # fmt: skip
-            draw.line(at, colour, 2)
-            draw.circle(at[-1], 3, colour)
-            ends.setdefault(arm, []).append(at[-1][1])
-        y = 0  # names stand at the ends of their lines, one below the other
-        for arm, end in sorted(ends.items(), key=lambda item: np.mean(item[1])):
-            y = max(np.mean(end), y + 14)
-            colour = COLOURS[KINDS.index(arm.split()[0])]
-            draw.text((left + W + 8, y), arm, colour, FONT, "lm")
-        left += W + 200
-    return image
+def group_results(results):
+    """{task data model: {arm: [RESULT of every seed]}}; arms differ in anything but the seed."""
+    groups = {}
+    for r in sorted(results, key=lambda r: (TASKS.index(r["task"]), KINDS.index(r["kind"]))):
+        layers = " ".join(map(str, r["layers"] or []))
+        arm = (r["kind"], r["llm"] * bool(layers), layers, r["epochs"], r["lr"], r["proj_lr"])
+        group = groups.setdefault(f"{r['task']} {r['data']} {r['model']}", {})
+        group.setdefault(arm, []).append(r)
+    return groups
 
 
-# ---------------------------------------------------------------- pictures
+def results_table(arms):
+    """Markdown of {arm: [RESULT of every seed]}: a row for each arm."""
+    metrics = list(next(iter(arms.values()))[0]["metrics"])
+    head = ["block", "LLM", "layers", "epochs", "lr", "proj-lr", "seeds", *metrics]
+    head += [f"{metrics[0]} - none", "samples/s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 7 + "---:|" * (len(head) - 7)]
+    for arm, results in arms.items():
+        baselines = []
+        for other, others in arms.items():
+            if other[0] == "none" and other[3:5] == arm[3:5]:  # as many epochs, the same rate
+                baselines += others
+        row = [*map(str, arm), str(len(results))]
+        row += [spread([r["metrics"][name] for r in results]) for name in metrics]
+        row += [gain(results, baselines), f"{results[-1]['samples_per_s'] or 0:.0f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
+def read_results(path):
+    """RESULT lines of a file, as printed or without the word."""
+    with reading(path):
+        lines = path.read_text().splitlines()
+        return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.strip()]
+
+
+# ---------------------------------------------------------------- a tile for each kind of data
 def glow(heat):
     """0 to 1 -> black, violet, orange, pale yellow: uint8 (..., 3)."""
     stops = np.array([[0, 0, 10], [90, 15, 110], [215, 70, 50], [250, 170, 40], [255, 255, 200]])
@@ -362,9 +288,9 @@ def glow(heat):
     return np.stack(columns, axis=-1).astype(np.uint8)
 
 
-def paint_patches(x, heat=None, size=112):
-    """A tile of an image uint8 (3, S, S), under the heat (N) of its patches."""
-    picture = v2.functional.to_pil_image(x).resize((size, size), Image.Resampling.BICUBIC)
+def paint_image(pixels, heat=None, size=112):
+    """Pixels uint8 (3, S, S), under the heat (N) of their patches."""
+    picture = v2.functional.to_pil_image(pixels).resize((size, size), Image.Resampling.BICUBIC)
     if heat is None:
         return picture
     side = math.isqrt(len(heat))
@@ -372,285 +298,192 @@ def paint_patches(x, heat=None, size=112):
     return Image.blend(picture.convert("L").convert("RGB"), over, 0.7)
 
 
-def paint_points(x, tilt, turn, heat=None, size=112):
-    """A tile of points (P, 3 or more: colours), z up, from above by tilt radians; heat is (P)."""
-    colours = 100 + 140 * unit(x[:, 2])[:, None].expand(-1, 3)  # brighter towards the top
-    if x.shape[1] > 3 and x[:, 3:6].any():
-        colours = 255 * x[:, 3:6]
-    colours = colours.int() if heat is None else torch.from_numpy(glow(heat))
-    right = x[:, 0] * math.cos(turn) + x[:, 1] * math.sin(turn)
-    away = x[:, 1] * math.cos(turn) - x[:, 0] * math.sin(turn)
-    up = away * math.sin(tilt) + x[:, 2] * math.cos(tilt)
-    places = torch.stack([right, -up], dim=1)
-    places = size / 2 + 0.45 * size * places / places.abs().max().clamp(min=1e-6)
-    order = (x[:, 2] * math.sin(tilt) - away * math.cos(tilt)).argsort()  # near ones hide far ones
+def paint_clip(frames, heat=None):
+    """Four frames of a clip, uint8 (T, 3, S, S), side by side; tokens hold two frames each."""
+    T = len(frames)
+    image = Image.new("RGB", (4 * 58, 56), "white")
+    for column, t in enumerate(range(0, T, T // 4)):
+        part = None if heat is None else heat.view(T // 2, -1)[t // 2]
+        image.paste(paint_image(frames[t], part, size=56), (58 * column, 0))
+    return image
+
+
+def paint_points(points, centres, heat=None, size=112):
+    """Points (P, 3 or 6), z up, from above; each has the heat of the nearest centre (N, 3)."""
+    colours = (100 + 140 * unit(points[:, 2]))[:, None].expand(-1, 3)  # brighter to the top
+    if points.shape[1] > 3 and points[:, 3:].any():
+        colours = 255 * points[:, 3:]
+    if heat is not None:
+        colours = torch.from_numpy(glow(heat[torch.cdist(points[:, :3], centres).argmin(1)]))
+    x, y, z = points[:, :3].unbind(1)
+    away = 0.8 * y - 0.6 * x
+    places = torch.stack([0.8 * x + 0.6 * y, -0.6 * away - 0.8 * z], dim=1)  # right, down
+    places = size / 2 + 0.45 * size * places / places.abs().max()
     image = Image.new("RGB", (size, size), "#222222")
-    draw = ImageDraw.Draw(image)
-    for place, colour in zip(places[order].tolist(), colours[order].tolist(), strict=True):
-        draw.circle(place, 1.5, tuple(colour))
+    pen = ImageDraw.Draw(image)
+    for i in (0.6 * z - 0.8 * away).argsort().tolist():  # near ones hide far ones
+        pen.circle(places[i].tolist(), 1.5, tuple(colours[i].int().tolist()))
     return image
 
 
-def paint_scene(x, lane, heat=None, modes=(), sure=(), future=None, size=168):
-    """A tile of traffic, vectors (N, V, 7); the target comes first and drives to the right."""
+def paint_traffic(agents, lanes, heat=None, modes=(), size=168):
+    """Polylines (A, P, 2) and (L, P, 2) in metres, the target first, driving to the right; in the
+    picture without heat also where it may go, modes (K, T, 2). 80 m are shown."""
     image = Image.new("RGB", (size, size), "#222222")
-    draw = ImageDraw.Draw(image)
-
-    def line(points, colour, width):  # 80 m are shown
-        places = torch.tensor([0.35, 0.5]) + points * torch.tensor([1, -1]) / 80
-        draw.line([tuple(p) for p in (size * places).tolist()], colour, width)
-
-    for i in reversed(range(len(x))):
-        steps = x[i][x[i, :, 6] > 0]
-        if len(steps):
-            is_lane = steps[0, 5] >= lane
-            colour = "#777777" if is_lane else "#5599ff" if i else "#ff5544"
-            colour = colour if heat is None else tuple(glow(heat[i]).tolist())
-            ends = torch.cat([steps[:, :2], steps[-1:, :2] + steps[-1:, 2:4]])
-            line(ends, colour, 1 if is_lane else 3)
-    for mode, p in zip(modes, sure, strict=True):
-        line(mode, (int(80 + 175 * p), int(60 + 120 * p), 0), 2)
-    if future is not None:
-        line(future, "#44dd66", 1)
-    return image
-
-
-def side_by_side(tiles):
-    size = sum(tile.width + 2 for tile in tiles) - 2, tiles[0].height
-    image = Image.new("RGB", size, "white")
-    for i, tile in enumerate(tiles):
-        image.paste(tile, (i * (tile.width + 2), 0))
-    return image
-
-
-def prepare(script, args, x):
-    """Pictures uint8 (B, T, 3, S, S) as inputs of the model."""
-    return (script.normalise(x[:, 0]) if script.TASK == "image" else script.prepare(x, args),)
-
-
-# For n test samples of a task: inputs of the model, what is known of them (n texts), told(output),
-# what the model says (n texts), and paint(i, heat or None, output), a tile.
-
-
-def see_pictures(script, args, saved, data, model, n):
-    video, names = script.TASK == "video", saved["meta"]["classes"]
-    if "masked" in data:
-        x, y, _ = data["masked"](torch.arange(n))
-    else:
-        pairs = [(i, 0) for i in range(n)]
-        x, y = next(iter(data["test"][0].batches(pairs, n, args.workers)))
-        x = x[:, 0] if video else x[:, None]  # the first view; (B, T, 3, S, S)
-
-    def paint(i, heat, output):
-        frames = x[i, :: 2 if video else 1]  # the first of every tubelet's two
-        heat = [None] * len(frames) if heat is None else heat.view(len(frames), -1)
-        shown = range(0, len(frames), max(1, len(frames) // 4))[:4]
-        size = 56 if video else 112
-        return side_by_side([paint_patches(frames[t], heat[t], size) for t in shown])
-
-    known = [names[i] if i >= 0 else "" for i in y]
-    return prepare(script, args, x), known, tell_class(names), paint
-
-
-def tell_class(names):
-    return lambda output: [f"predicted: {names[i]}" for i in output.argmax(1)]
-
-
-def see_pointcloud(script, args, saved, data, model, n):
-    names, (clouds, y) = saved["meta"]["classes"], zip(*data["test"][0][:n], strict=True)
-    x = torch.stack([cloud[: args.points] for cloud in clouds])
-    nearest = torch.cdist(x, script.group(x, model.G, model.K)[0]).argmin(2)  # (B, P)
-
-    def paint(i, heat, output):
-        heat = None if heat is None else heat[nearest[i]]
-        return side_by_side([paint_points(x[i], 0.4, turn, heat, 84) for turn in (0.6, 2.2)])
-
-    return (x,), [names[i] for i in y], tell_class(names), paint
-
-
-def see_motion(script, args, saved, data, model, n):
-    x, future = data["test"][0].batch(torch.arange(n), args.hide)
-
-    def told(output):
-        errors = script.displacement(output[0].cpu(), future)
-        return [f"minADE6 {ade:.1f} m, minFDE6 {fde:.1f} m" for ade, fde, _ in errors.tolist()]
-
-    def paint(i, heat, output):
+    pen = ImageDraw.Draw(image)
+    lines = [*agents, *lanes]
+    for i in reversed(range(len(lines))):  # the target is on top
+        colour = "#5599ff" if i < len(agents) else "#777777"
+        colour = colour if i > 0 else "#ff5544"
         if heat is not None:
-            return paint_scene(x[i], script.LANE, heat)
-        modes, sure = output[0][i].cpu(), output[1][i].softmax(0).cpu()
-        return paint_scene(x[i], script.LANE, None, modes, sure, future[i])
-
-    return (x,), [""] * n, told, paint
-
-
-def see_vqa(script, args, saved, data, model, n):
-    x, ids, targets = data["test"][0].batch(torch.arange(n), args)
-    flat, answers = args.data in script.DATA_2D, saved["meta"]["answers"]
-    some = slice(None, None, max(1, x.shape[1] // 2048))  # of the points of a scene
-    if not flat:  # the token of each point: that of its object, or of the nearest group
-        token = x[:, some, 6].long()
-        if not args.objects:
-            centres, _ = script.group(x, model.vision.G, script.K)
-            token = torch.cdist(x[:, some, :3], centres).argmin(2)
-
-    def paint(i, heat, output):
-        if flat:
-            return paint_patches(x[i], heat)
-        return paint_points(x[i, some], 1.1, 0.0, None if heat is None else heat[token[i]])
-
-    right = [answers[t.argmax()] if t.any() else "no answer it knows" for t in targets]
-    known = [f"{text} right: {a}" for text, a in zip(spell(ids, saved, args), right, strict=True)]
-    return (x, ids), known, tell_class(answers), paint
+            colour = tuple(glow(heat[i]).tolist())
+        draw_path(pen, lines[i], colour, 3 if i < len(agents) else 1, size)
+    for mode in modes:
+        draw_path(pen, mode, "#ffcc33", 1, size)
+    return image
 
 
-def see_retrieval(script, args, saved, data, model, n):
-    s = data["test"][0]
-    x, ids = s.visuals[s.which[:n]], torch.stack([s.ids[s.owner == i][0] for i in range(n)])
-    ids = script.trim(ids)
-
-    def told(output):
-        return [f"score {score:.2f}" for score in output[0][:, 0]]
-
-    def paint(i, heat, output):
-        return paint_patches(x[i], heat)
-
-    return (x, ids[:, None]), spell(ids, saved, args), told, paint
+def draw_path(pen, line, colour, width, size):
+    line = line[line.isfinite().all(1)]  # NaN: not seen
+    places = size * (torch.tensor([0.35, 0.5]) + line * torch.tensor([1, -1]) / 80)
+    if len(places) > 1:
+        pen.line(places.flatten().tolist(), colour, width)
 
 
-def spell(ids, saved, args):
-    """Texts of token ids (B, M), -1 is padding."""
-    if args.text:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.text)
-        return [tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in ids]
-    words = ["", "(?)", *saved["meta"]["words"]]
-    return [" ".join(words[i] for i in row if i > 0) for row in ids.tolist()]
+def find_inputs(script, args, batch):
+    """What the model of a task gets of a batch of its test set."""
+    x = batch[0]
+    if script.TASK == "image":
+        return (script.normalise(x),)
+    if script.TASK == "video":
+        return (script.normalise(x[:, 0]),)  # of the first view
+    if script.TASK == "pointcloud":
+        return (x[:, : args.points],)
+    if script.TASK == "retrieval":  # every image with its own caption
+        return x, x, batch[2][:, :1]
+    return tuple(batch[:2])
 
 
-SEE = {"image": see_pictures, "video": see_pictures, "pointcloud": see_pointcloud,
-       "motion": see_motion, "vqa": see_vqa, "retrieval": see_retrieval}  # fmt: skip
+def paint(script, model, batch, i, heat=None, output=None):
+    """The tile of sample i of a batch."""
+    x = batch[0][i]
+    if script.TASK == "video":
+        return paint_clip(x[0], heat)
+    if script.TASK == "motion":
+        return paint_traffic(x, batch[1][i], heat, () if output is None else output[0][i].cpu())
+    if x.ndim == 3:
+        return paint_image(x, heat)
+    if script.TASK == "pointcloud":
+        return paint_points(x, script.farthest_points(x[None], model.G)[0], heat)
+    return paint_points(x, x[: model.image_encoder.G, :3], heat)  # a scene
+
+
+def find_titles(script, args, test, batch, output):
+    """What is known of each sample, and what the model says."""
+    titles = []
+    for i in range(len(batch[0])):
+        if script.TASK in ("image", "pointcloud", "video"):
+            titles.append(f"{args.classes[batch[1][i]]}: {args.classes[output[i].argmax()]}")
+        elif script.TASK == "vqa":
+            titles.append(f"{test.rows[i].text} {args.classes['answers'][output[i].argmax()]}")
+        else:
+            titles.append("")
+    return titles
 
 
 def draw_grid(columns, titles):
     """Columns {name: a tile of every sample}, and a title above every sample."""
     tile = next(iter(columns.values()))[0]  # all have the same size
-    width, high = tile.width + 4, tile.height + 8
-    total = max(width * len(columns), 400)
-    titles = [textwrap.wrap(title, total // 7) for title in titles]
-    image = Image.new("RGB", (total, 40 + sum(high + 16 * len(t) for t in titles)), "white")
-    draw, y = ImageDraw.Draw(image), 40
-    for c, name in enumerate(columns):
-        at = (c * width + width / 2, 36)
-        draw.text(at, name.replace(" ", "\n"), "black", FONT, "md", align="center")
-    for tiles, lines in zip(zip(*columns.values(), strict=True), titles, strict=True):
-        draw.text((4, y), "\n".join(lines), "black", FONT)
-        y += 16 * len(lines) + 2
-        for c, tile in enumerate(tiles):
-            image.paste(tile, (c * width + 2, y))
-        y += high - 2
+    width, height = tile.width + 4, tile.height + 26
+    image = Image.new("RGB", (width * len(columns), 40 + height * len(titles)), "white")
+    pen = ImageDraw.Draw(image)
+    for c, (name, tiles) in enumerate(columns.items()):
+        pen.text((c * width + width / 2, 36), name.replace(" ", "\n"), "black", FONT, "md")
+        for row, picture in enumerate(tiles):
+            image.paste(picture, (c * width + 2, 58 + row * height))
+    for row, title in enumerate(titles):
+        pen.text((4, 41 + row * height), textwrap.shorten(title, image.width // 7), "black", FONT)
     return image
 
 
 # ---------------------------------------------------------------- the whole
+def show(path, args, flags):
+    """A checkpoint's picture, and what is told of its run: a dictionary."""
+    saved = read(path)
+    if not isinstance(saved, dict) or saved.get("task") not in TASKS:
+        raise UserError(f"{path} was not written by a training script")
+    script = importlib.import_module(f"train_{saved['task']}")
+    own = script.parse_args(["--eval", str(path), "--limit", str(max(16, args.n)), *flags])
+    test = script.load_data(own)["test"]
+    model = script.build_model(own, own.block[0], own.seeds[0])
+    model.load_state_dict(saved["model"])
+    model.to(own.device).eval()
+
+    batch = script.collate([test[i, i] for i in range(min(args.n, len(test)))])
+    inputs = [x.to(own.device) for x in find_inputs(script, own, batch)]
+    output, *seen = look(model, inputs)
+    skip = 0 if script.TASK in ("video", "motion") else 1  # the others have a CLS token
+    samples = range(len(batch[0]))
+    columns = {"input": [paint(script, model, batch, i, None, output) for i in samples]}
+    for name, heats in heat_maps(*seen, skip).items():
+        columns[name] = [paint(script, model, batch, i, heats[i]) for i in samples]
+    layers = "-".join(map(str, model.llm.record.get("layers", [])))
+    arm = f"{model.llm.kind} {layers}".strip()
+    titles = find_titles(script, own, test, batch, output)
+    group = f"{saved['task']}-{own.data}-{own.model}"
+    name = f"{group}-{arm.replace(' ', '-')}-s{own.seeds[0]}.png"
+    draw_grid(columns, titles).save(Path(args.out, name))
+    masks = None
+    if script.TASK == "image" and (args.masks or own.data == "toy"):
+        masks = measure_masks(script, own, model, args.masks)
+    return {"group": group, "arm": arm, "columns": columns, "titles": titles, "masks": masks}
 
 
-def show(path, args, loaded):
-    """All that is to be known of a checkpoint."""
-    flags = ["--out", args.out, "--limit", str(max(16, args.n))]  # enough for pictures
-    script, own, saved, model = open_run(path, [*flags, *args.rest])
-    n, masked = find_masked(script, own, args.masks, args.foreground)
-    data = {"masked": masked}
-    if not masked:  # the arms have the same data
-        key = str({k: v for k, v in vars(own).items() if k not in ("llm", "layers", "eval")})
-        data = loaded[key] = loaded.get(key) or script.load_data(own, saved["meta"])
-        if data["meta"] != saved["meta"]:
-            raise UserError(f"{path} was trained on other classes than {own.data} has")
-        test = data["test"][0]  # in retrieval, samples are captions, but pictures show images
-        n = len(test.which if script.TASK == "retrieval" else test)
-    some = range(min(args.n, n))
-    inputs, known, told, paint = SEE[script.TASK](script, own, saved, data, model, len(some))
-    output, *seen = look(script, own, model, inputs)
-    maps = heat_maps(*seen, script.TASK not in ("video", "motion"))  # the others have CLS
-    if masked:
-        maps = {"mask": on_tokens(script, own, masked(torch.tensor(some))[2]).float(), **maps}
-    columns = {"input": [paint(i, None, output) for i in some]}
-    columns |= {name: [paint(i, heat[i], output) for i in some] for name, heat in maps.items()}
-    log, last = path.with_name("metrics.jsonl"), path.with_name("last.pt")
-    finished = read(last, mmap=True) if last.exists() else saved
-    return {
-        "group": f"{script.TASK}-{own.data}-{own.model}", "kind": saved["kind"],
-        "llm": Path(own.llm).name if "llm" in model.llm.record else None, "seed": saved["seed"],
-        "columns": columns, "known": known, "told": told(output), "result": finished["result"],
-        "history": [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else [],
-        "masks": measure_masks(script, own, model, masked, n) if masked else None,
-    }  # fmt: skip
-
-
-def compare(arms):
-    """The last tokens of all arms {name: run} side by side."""
-    columns = {"input": next(iter(arms.values()))["columns"]["input"]}
-    for name, run in arms.items():
-        stage = "host" if run["kind"] == "none" else "proj_out"
-        for f in MEASURES:
-            columns[f"{name} {f.__name__}"] = run["columns"][f"{stage} {f.__name__}"]
-    return columns
-
-
-def report(group, runs, out):
-    """Draw and print what there is of one task, data set and model; return the numbers."""
-    runs.sort(key=lambda run: KINDS.index(run["kind"]))
-    arms, several = {}, len({run["llm"] for run in runs} - {None}) > 1
-    for run in runs:
-        name = f"{run['kind']} {run['llm']}" if several and run["llm"] else run["kind"]
-        arms.setdefault(name, []).append(run)
-        titles = [f"{a}  {b}" for a, b in zip(run["known"], run["told"], strict=True)]
-        file = f"{group}-{name.replace(' ', '-')}-s{run['seed']}.png"
-        draw_grid(run["columns"], titles).save(out / file)
-    if len(arms) > 1:
-        columns = compare({name: some[0] for name, some in arms.items()})
-        draw_grid(columns, runs[0]["known"]).save(out / f"{group}-compare.png")
-    histories = [(name, run["history"]) for name in arms for run in arms[name] if run["history"]]
-    if histories:
-        draw_curves(histories).save(out / f"{group}-curves.png")
-    results = [run["result"] for run in runs if run["result"]]
-    if results:
-        print(f"\n{group}\n\n{results_table(results)}")
-    if len(results) < len(runs):
-        print(f"\n{len(runs) - len(results)} of {len(runs)} runs are not finished: no result")
-    masks = {name: [run["masks"] for run in some] for name, some in arms.items()}
+def compare(group, runs, out):
+    """One picture of all arms, as seen in their first seeds: the tokens that the head gets."""
+    columns = {"input": runs[0]["columns"]["input"]}
+    for one in reversed(runs):  # the first seed stays
+        stage = "host" if one["arm"] == "none" else "proj_out"
+        for measure in ("magnitude", "frequency"):
+            columns[f"{run['arm']} {measure}"] = one["columns"][f"{stage} {measure}"]
+    draw_grid(columns, runs[0]["titles"]).save(out / f"{group}-compare.png")
+    arms = {}
+    for one in runs:
+        arms.setdefault(one["arm"], []).append(one["masks"])
     if runs[0]["masks"]:
-        print(mask_tables(masks))
-    columns = [f"{k}{chance}" for chance in ("", "_by_chance") for k in SCORES]
-    return results, [
-        {"group": group, "block": name, "seed": run["seed"], "tokens": tokens, "images": len(x)}
-        | dict(zip(columns, x.mean(0).tolist(), strict=True))
-        for name, some in arms.items() for run in some for tokens, x in (run["masks"] or {}).items()
-    ]  # fmt: skip
+        print(mask_table(arms))
 
 
 def main(argv=None):
-    args, loaded, groups, numbers = parse_args(argv), {}, {}, {"results": [], "masks": []}
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("runs", nargs="+", metavar="RUN", help="directories, checkpoints, .jsonl files")
+    p.add_argument("--masks", metavar="DIR", help="DIR/images and DIR/masks, above 0 is foreground")
+    p.add_argument("--n", type=int, default=8, help="samples in a picture")
+    p.add_argument("--out", default="figures", help="directory of what is written")
+    p.error = fail
+    args, flags = p.parse_known_args(argv)
+    results = []
+    groups = {}
     for path in map(Path, args.runs):
-        found = sorted(path.rglob("best.pt")) if path.is_dir() else [path]
-        if not found:
+        if path.suffix == ".jsonl":
+            results += read_results(path)
+            continue
+        checkpoints = sorted(path.rglob("best.pt")) if path.is_dir() else [path]
+        if not checkpoints:
             raise UserError(f"{path} holds no run: no best.pt")
-        for checkpoint in found:
-            run = show(checkpoint, args, loaded)
-            groups.setdefault(run["group"], []).append(run)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for checkpoint in checkpoints:
+            shown = show(checkpoint, args, flags)
+            groups.setdefault(shown["group"], []).append(shown)
+            last = checkpoint.with_name("last.pt")
+            result = read(last)["result"] if last.exists() else None
+            results += [result] if result else []
+    for group, arms in group_results(results).items():
+        print(f"\n{group}\n\n{results_table(arms)}")
     for group, runs in groups.items():
-        results, masks = report(group, runs, out)
-        numbers["results"] += results
-        numbers["masks"] += masks
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=1))
-    print(f"\nPictures and numbers.json are in {out}")
+        compare(group, runs, Path(args.out))
+        print(f"\nPictures of {group} are in {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as e:
-        fail(e)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)
