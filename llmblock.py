@@ -10,7 +10,7 @@ The method of "Frozen Transformers in Language Models Are Effective Visual Encod
 2024, https://arxiv.org/abs/2310.12973): proj_in -> a decoder layer of the LLM, as transformers
 implements it -> RMSNorm -> proj_out. No causal mask, no positions, and the layer never trains.
 
-Letters: B batch, N tokens, D width of the LLM, dim width of the host encoder.
+Letters: B batch, N tokens, D width of the LLM, dim width of the host (the visual encoder).
 """
 
 import argparse
@@ -34,16 +34,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-FROZEN = ("random", "shuffled", "pretrained")
+# linear, mlp: no LLM layer; finetuned, trained: as pretrained and random, but the layer trains
+FROZEN = ("random", "shuffled", "pretrained")  # where a frozen layer's values come from
 KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
-HIDDEN = -3e4  # added to the attention logits of padding: finite, also in fp16
+MASKED = -3e4  # added to the attention logits of padding: finite, also in fp16
 
 
 class LLMBlock(nn.Module):
     """Decoder layer(s) of an LLM between two trained linear layers: (B, N, dim) -> (B, N, dim).
 
     llm: directory or Hugging Face name. layers: index or indices, negative from the end. kind: one
-    of KINDS, see README. seed: of projections and of random or shuffled weights. dtype: of frozen
+    of KINDS. seed: of projections and of random or shuffled weights. dtype: of frozen
     layers; whatever trains stays fp32. Raises UserError: wrong argument, unfit LLM, damaged file.
 
     Frozen layers stand in a plain list, so PyTorch does not see them as a part of this module: no
@@ -57,7 +58,7 @@ class LLMBlock(nn.Module):
             raise UserError(f"unknown kind of block '{kind}': choose from {', '.join(KINDS)}")
         self.kind = kind
         self.layers = []
-        self.record = {"kind": kind}  # what a checkpoint must know of the block
+        self.record = {"kind": kind}  # what tells this block from another
         if kind == "none":
             return
         config, root, repo = find_llm(llm)
@@ -74,7 +75,7 @@ class LLMBlock(nn.Module):
             self.proj_in = nn.Linear(dim, D, bias=False)
             self.proj_out = nn.Linear(D, dim, bias=False)
             if kind == "mlp":
-                self.norm = nn.LayerNorm(D)
+                self.norm = nn.LayerNorm(D)  # the paper's control
             elif kind != "linear":
                 with reading(f"{llm} ({config.model_type})"):
                     self._add_layers(config, root, repo, layers, dtype)
@@ -82,7 +83,7 @@ class LLMBlock(nn.Module):
             self.record["hash"] = hash_weights(self.layers)
 
     def _add_layers(self, config, root, repo, indices, dtype):
-        """Lay the whole LLM out without memory (meta device), then fill the wanted layers alone."""
+        """Lay out the whole LLM without memory (meta device), then fill only the wanted layers."""
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # no dropout, whatever trains
@@ -93,8 +94,8 @@ class LLMBlock(nn.Module):
         frozen = self.kind in FROZEN
         for i in indices:
             layer = stacks[path][i].requires_grad_(not frozen)
-            computed = set(dict(layer.named_buffers())) - set(layer.state_dict())
-            if computed or getattr(config, "alibi", False):  # as in GPT-J, GPT-Neo; old Falcon
+            unsaved = set(dict(layer.named_buffers())) - set(layer.state_dict())
+            if unsaved or getattr(config, "alibi", False):  # GPT-J, GPT-Neo; some Falcons
                 raise ValueError("a layer has positions or a mask built in")
             for module in layer.modules():
                 if hasattr(module, "is_causal"):
@@ -112,9 +113,9 @@ class LLMBlock(nn.Module):
             self.layers = nn.ModuleList(self.layers)  # what trains is a part of this module
 
         # What the layers want to be called with: rotary positions, and oddities of some families.
-        self.arguments = set(inspect.signature(layer.forward).parameters)
+        self.argument_names = set(inspect.signature(layer.forward).parameters)
         self.rotary_emb = None
-        self.rotary_types = [()] * len(indices)
+        self.rotary_types = [()] * len(indices)  # what rotary_emb wants to know of each layer
         if hasattr(llm, "rotary_emb"):
             self.rotary_emb = type(llm.rotary_emb)(llm.config)  # once more, off the meta device
             if "layer_type" in inspect.signature(self.rotary_emb.forward).parameters:  # Gemma 3
@@ -146,13 +147,13 @@ class LLMBlock(nn.Module):
         B, N, D = h.shape
         h = h.to(next(self.layers[0].parameters()).dtype)
         if mask is not None:
-            # A number to add to the logits, as eager attention would add True as 1.
-            mask = torch.zeros_like(mask, dtype=h.dtype).masked_fill(~mask, HIDDEN)
+            # Numbers, not bool: eager attention adds its mask, and would add True as 1.
+            mask = torch.zeros_like(mask, dtype=h.dtype).masked_fill(~mask, MASKED)
             mask = mask[:, None, None, :].expand(B, 1, N, N)
         # Every token is at position 0, where the rotation of queries and keys is the identity.
         positions = torch.zeros(1, N, dtype=torch.long, device=h.device)
         oddities = {"position_ids": positions, "alibi": None, "shared_kv_states": {}}
-        given = {name: value for name, value in oddities.items() if name in self.arguments}
+        given = {name: value for name, value in oddities.items() if name in self.argument_names}
         for layer, rotary_type in zip(self.layers, self.rotary_types, strict=True):
             if self.rotary_emb is not None:
                 given["position_embeddings"] = self.rotary_emb(h, positions, *rotary_type)
@@ -199,7 +200,7 @@ def find_llm(llm):
         text = config.get_text_config()
         if config.is_encoder_decoder or not hasattr(text, "num_hidden_layers"):
             raise ValueError(f"{config.model_type} is not a decoder-only language model")
-        if getattr(config, "quantization_config", None):  # whose scales stand beside the weights
+        if getattr(config, "quantization_config", None):  # its scales are tensors of their own
             raise ValueError("it is quantised: name the model that it was made from")
     return text, root, repo
 
@@ -221,7 +222,7 @@ def read_layer(root, repo, prefix, names):
     if repo is None:
         raise FileNotFoundError("no model.safetensors or pytorch_model.bin, or a shard is missing")
     fetch_layer(repo, root, prefix, names)
-    return read_layer(root, None, prefix, names)
+    return read_layer(root, None, prefix, names)  # now it is there
 
 
 def match(keys, prefix, names):
@@ -231,13 +232,13 @@ def match(keys, prefix, names):
     outer = {key.removesuffix(tail) for key in keys if f".{key}".endswith(f".{tail}")}
     outer = [o for o in outer if all(f"{o}{prefix}.{name}" in keys for name in names)]
     if len(outer) != 1:
-        why = "its weights are named or fused unlike transformers' layer, as of some experts"
-        raise ValueError(f"{prefix} is not in it, or {why}")
+        why = "perhaps its weights are named or fused unlike transformers', as experts often are"
+        raise ValueError(f"{prefix} is in it {len(outer)} times, not once: {why}")
     return {name: f"{outer[0]}{prefix}.{name}" for name in names}
 
 
 def read_tensors(file, key=None):
-    """One tensor of a file, or the names of all. The file is mapped: memory holds no more."""
+    """The tensor named key or, without, the names of all. Mapped: nothing else is read."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
             return f.get_tensor(key) if key else list(f.keys())
@@ -257,7 +258,7 @@ def fetch_layer(repo, root, prefix, names):
             part.write_bytes(data)
             os.replace(part, path)
         else:
-            print(f"{repo} offers no byte ranges of safetensors: fetching the whole model")
+            print(f"{repo}: no safetensors, or no byte ranges of them: fetching the whole model")
             weights = ["*.safetensors*", "*.bin*"]
             snapshot_download(repo, revision=root.name, allow_patterns=weights)
 
@@ -279,14 +280,14 @@ def fetch_ranges(repo, commit, prefix, names):
     size = 0
     for shard in shards:
         url = hf_hub_url(repo, shard, revision=commit)
-        data = find_data(url)
-        if data is None:
+        begin = find_data(url)
+        if begin is None:
             return b""
-        tensors = json.loads(read_range(url, 8, data))
-        for key in match(files or tensors, prefix, names).values():
+        tensors = json.loads(read_range(url, 8, begin))
+        for key in match(files or tensors, prefix, names).values():  # a single file has no index
             if key in tensors:
                 start, stop = tensors[key]["data_offsets"]
-                pieces.append(read_range(url, data + start, data + stop))
+                pieces.append(read_range(url, begin + start, begin + stop))
                 header[key] = tensors[key] | {"data_offsets": [size, size + stop - start]}
                 size += stop - start
     text = json.dumps(header).encode()
@@ -294,7 +295,7 @@ def fetch_ranges(repo, commit, prefix, names):
 
 
 def find_data(url):
-    """Where the data of a safetensors file begin, or None without such a file or ranges."""
+    """Where the data of a safetensors file begin; None if there is none, or no byte ranges."""
     # A stream: if the server sends all of the file, we hang up before its first byte.
     with ask(utils.http_stream_backoff, url, 0, 8) as answer:
         if answer.status_code in (200, 404):
@@ -304,15 +305,15 @@ def find_data(url):
 
 
 def read_range(url, start, stop):
-    answer = ask(utils.http_backoff, url, start, stop)  # and again, if the connection breaks off
+    answer = ask(utils.http_backoff, url, start, stop)  # retries if a connection breaks
     utils.hf_raise_for_status(answer)
     return answer.content
 
 
-def ask(get, url, start, stop):
+def ask(request, url, start, stop):
     """Ask for bytes [start, stop) of a file."""
     span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    return get("GET", url, headers=utils.build_hf_headers() | span, timeout=30)
+    return request("GET", url, headers=utils.build_hf_headers() | span, timeout=30)
 
 
 # ---------------------------------------------------------------- files and mistakes
@@ -320,13 +321,13 @@ class UserError(Exception):
     """A mistake that only the user can mend. One line: what was found and what to do."""
 
     def __init__(self, text):
-        # PyTorch rebuilds a DataLoader worker's exception from its traceback: the end is ours.
+        # An error in a DataLoader's worker arrives with its whole traceback as text: keep our part.
         text = str(text).rpartition("UserError: ")[2]
         super().__init__(" ".join(text.split()))
 
 
 def fail(message):
-    print("error:", UserError(message), file=sys.stderr)
+    print("error:", UserError(message), file=sys.stderr)  # on one line
     sys.exit(2)
 
 
@@ -337,7 +338,7 @@ def run(main):
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command resumes after the last whole epoch", file=sys.stderr)
+        print("stopped: the same command goes on from the last whole epoch", file=sys.stderr)
         sys.exit(130)
 
 
@@ -353,13 +354,13 @@ def reading(name):
 
 
 def read(path, task=None):
-    """What torch.save wrote, nothing but tensors and plain values. task: of which script."""
+    """Load what torch.save wrote, only tensors and plain values. task: the script it must be of."""
     with reading(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a wrong checksum, which torch.load would not notice")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as e:  # whose own text advises to load it all the same
+        except pickle.UnpicklingError as e:  # its own text advises weights_only=False
             raise ValueError("damaged, or more than tensors and plain values") from e
         if task and (not isinstance(state, dict) or state.get("task") != task):
             raise ValueError(f"it was not written by train_{task}.py")
@@ -384,11 +385,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, root, _ = find_llm(args.llm)
     block = LLMBlock(args.llm, 384, args.layers)
-    numbers = sum(p.numel() for layer in block.layers for p in layer.parameters())
+    size = sum(p.numel() for layer in block.layers for p in layer.parameters())
     print(f"family      {config.model_type}, from {root}")
     print(f"layers      {block.record['layers']} of {config.num_hidden_layers}")
     print(f"width       {config.hidden_size}, {config.num_attention_heads} heads")
-    print(f"parameters  {numbers:,} frozen, {4 * numbers:,} bytes, hash {block.record['hash']}")
+    print(f"parameters  {size:,} frozen, {4 * size:,} bytes, hash {block.record['hash']}")
+    # 14 * 14 patches and CLS; the counter does not know a CPU's fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         block(torch.zeros(1, 197, 384))
     print(f"compute     {counter.get_total_flops() / 1e9:.2f} GFLOPs per 197 tokens")

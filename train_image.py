@@ -1,20 +1,20 @@
-"""Image classification: a DeiT-style ViT with one frozen LLM block after its last layer.
+r"""Image classification: a DeiT-style ViT with one frozen LLM block after its last layer.
 
-    python train_image.py --block none random pretrained     # three arms on toy images, offline
+    python train_image.py --block none random pretrained     # three arms (kinds of block), offline
     python train_image.py --data cifar10 --epochs 20 --lr 1e-3 --block none random pretrained
     python train_image.py --data folder --root DIR           # DIR/train/CLASS/, DIR/val/CLASS/
     python train_image.py --eval CKPT --data folder --root DIR    # ImageNet-A, -R, -Sketch, ...
 
 The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A100; not run here):
 
-    torchrun --nproc-per-node=4 train_image.py --data folder --root imagenet --model small \\
-        --llm huggyllama/llama-7b --block none random pretrained --recipe deit --epochs 300 \\
+    torchrun --nproc-per-node=4 train_image.py --data folder --root imagenet --model small \
+        --llm huggyllama/llama-7b --block none random pretrained --recipe deit --epochs 300 \
         --warmup 20 --batch-size 1024 --lr 1e-3 --weight-decay 0.05 --bf16 --compile
 
-A tenth of train selects the epoch; val/ is the test set and used once.
+A tenth of train is held out to select the epoch; val/ is the test set, used once.
 Differs from the paper: torchvision's RandAugment, no repeated augmentation, gradients are clipped
-at norm 1, no EMA (theirs is kept, but not used).
-Letters: B batch, N tokens, D width, h heads, S side of the images in pixels, K classes.
+at norm 1, biases start as PyTorch's and not at 0, no EMA (theirs is kept, but not used).
+Letters: B batch, N tokens, D width of the ViT, h heads, S side of the images, K classes.
 """
 
 import argparse
@@ -101,8 +101,8 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, K)
-        # Only then comes the LLM block, so that its layer keeps its values. The released image
-        # code initialises the two projections like all other matrices.
+        # The block joins after this list is made, so that a layer that trains keeps its values.
+        # Its projections are initialised like all other matrices, as in the released image code.
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         self.llm = llm
         if llm.kind != "none":
@@ -140,7 +140,7 @@ def normalise(x):
 
 @torch.no_grad()
 def evaluate(args, model, images):
-    """Top-1 and top-5 accuracy in percent. Only the classes that the images may have compete."""
+    """Top-1 and top-5 accuracy in percent, among the classes that the images may have."""
     model.eval()
     absent = sorted(set(range(len(args.classes))) - set(images.present))
     correct = torch.zeros(2)  # at the first guess, among five
@@ -155,16 +155,16 @@ def evaluate(args, model, images):
 
 # ---------------------------------------------------------------- data
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, this process's part of an epoch, shuffled."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # pairs (seed of a sample, its index)
+    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-        size = min(size, n // WORLD * WORLD)
-        whole = n // size * size  # whole batches, each shared out to all processes
+        size = min(size, n // WORLD * WORLD)  # no larger than the data
+        whole = n // size * size  # only whole batches; and no random seed twice
         items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
-        size = size // WORLD
+        size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
 
@@ -181,7 +181,7 @@ class Images(Dataset):
 
     def __getitem__(self, item):
         seed, index = item
-        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
+        torch.default_generator.manual_seed(seed)  # the same for any number of workers
         image, label = self.pairs[index]
         if isinstance(image, str):
             with reading(image), Image.open(image) as file:
@@ -212,7 +212,8 @@ def read_pairs(args, train):
         pairs = [draw_toy(i, MODELS[args.model]["S"])[:2] for i in indices]
         return pairs, [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     if args.data == "folder":
-        val = root / "val" if (root / "val").is_dir() else root  # --eval takes any class folders
+        # --eval also takes the class folders themselves
+        val = root if args.eval and not (root / "val").is_dir() else root / "val"
         folder = ImageFolder(root / "train" if train else val)
         return folder.samples, folder.classes
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[args.data]
@@ -224,7 +225,7 @@ def read_pairs(args, train):
 
 
 def load_data(args):
-    """{"train", "val", "test": Images}, for --eval the test set alone."""
+    """{"train", "val", "test": Images} (--eval: "test", the checkpoint's classes); fills args."""
     S = MODELS[args.model]["S"]
     with reading(args.root):
         train, args.classes = ([], args.classes) if args.eval else read_pairs(args, train=True)
@@ -234,7 +235,9 @@ def load_data(args):
     if unknown:
         raise UserError(f"{args.root}: class {unknown[0]} is not one of the model's")
     present = [args.classes.index(name) for name in names]
-    step = max(1, len(test) // (args.limit or len(test)))  # folders come class by class
+    step = max(
+        1, len(test) // (args.limit or len(test))
+    )  # spread over the classes, which come sorted
     test = [(image, present[label]) for image, label in test[::step][: args.limit]]
     test_transform = make_transform(S, args.recipe, train=False)
     data = {"test": Images(test, present, test_transform)}
@@ -256,8 +259,7 @@ SHAPES = ("disc", "frame", "triangle", "cross")
 def draw_toy(index, S):
     """One shape on clutter: the image, its class, and the shape's pixels as a mask.
 
-    The class is colour and shape together. Place and size say nothing, nor does the bar behind the
-    shape, which has one of the same colours.
+    The class is colour and shape together. Place, size and the bar behind the shape say nothing.
     """
     rng = random.Random(index)
     image = Image.new("RGB", (4, 4))
@@ -296,7 +298,7 @@ def parse_args(argv=None):
     p.add_argument("--recipe", choices=("light", "deit"), default="light", help="deit: the paper's")
     p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 300")
     p.add_argument("--batch-size", type=int, default=24, help="small, for few images; paper: 1024")
-    p.add_argument("--lr", type=float, default=2e-3, help="its peak; for photos rather 1e-3")
+    p.add_argument("--lr", type=float, default=2e-3, help="at its peak; for photos try 1e-3")
     p.add_argument("--weight-decay", type=float, default=0.05, help="as the paper")
     p.add_argument("--warmup", type=float, default=1, help="epochs; paper: 20")
     return parse_shared(p, argv)
@@ -328,7 +330,7 @@ def load_init(model, path):
 
 
 def param_groups(args, model):
-    """Weight decay on matrices alone; the block's projections have a rate of their own."""
+    """Weight decay on matrices alone; the rate of the block's projections is scaled."""
     groups = {}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
@@ -339,7 +341,7 @@ def param_groups(args, model):
 
 # ---------------------------------------------------------------- the same in every script
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 WORKERS = max(0, min(8, os.cpu_count() - 2))  # two cores are the training's own
 DEVICES = [name for name in ("cuda", "mps", "cpu") if torch.get_device_module(name).device_count()]
 # May differ when a run is resumed. All other settings, and classes and sizes of the data, may not.
@@ -350,12 +352,12 @@ def parse_shared(p, argv):
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
     p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
-    p.add_argument("--proj-lr", type=float, default=1.0, help="the projections' part of --lr")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of every arm")
+    p.add_argument("--proj-lr", type=float, default=1.0, help="times --lr: the projections' rate")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each arm runs once a seed")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
     p.add_argument("--workers", type=int, default=WORKERS, help="processes that load data")
     p.add_argument("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
-    p.add_argument("--bf16", action="store_true", help="frozen layers in bf16; autocast on a GPU")
+    p.add_argument("--bf16", action="store_true", help="frozen layers in bf16; autocast on CUDA")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
@@ -363,21 +365,21 @@ def parse_shared(p, argv):
     p.error = fail
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
-        p.set_defaults(**read(args.eval, TASK)["settings"] | {"limit": None, "init": None})
+        p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
+        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
 
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or go on with it; test its best epoch. Returns the RESULT."""
+    """Train or resume one arm with one seed, test its best epoch. Returns the RESULT line."""
     out = Path(args.out, f"{TASK}-{args.data}-{args.model}", f"{kind}-s{seed}")
     model = build_model(args, kind, seed).to(args.device)
     optimizer = torch.optim.AdamW(param_groups(args, model), fused=True)
     state = resume(args, Path(args.eval or out / "last.pt"), kind, seed, model, optimizer)
-    if args.eval or state["result"]:
+    if args.eval or state["result"]:  # nothing to train
         return test(args, model, state, data) if args.eval else state["result"]
     ddp = DistributedDataParallel(model) if WORLD > 1 else model
     ddp = torch.compile(ddp, disable=not args.compile)
@@ -410,32 +412,32 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    if args.epochs > 0:
+    if args.epochs > 0:  # 0: what --init loaded is tested
         model.load_state_dict(read(out / "best.pt", TASK)["model"])
     state["result"] = test(args, model, state, data)
     if args.epochs > 0 and RANK == 0:
-        save(state, out / "last.pt")
+        save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
 
 def resume(args, path, kind, seed, model, optimizer):
-    """The state of a new run or, if there is a checkpoint, that one's, which is loaded."""
+    """The state of a new run, or of the checkpoint if there is one, which is then loaded."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings |= {"block": [kind], "seeds": [seed], "frozen weights": model.llm.record.get("hash")}
+    settings |= {"block": [kind], "seeds": [seed], "frozen_hash": model.llm.record.get("hash")}
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("classes", "frozen weights") if args.eval else settings:
+        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: use another --out")
+                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, at last, last.pt: if killed before, the epoch is run again."""
+    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)

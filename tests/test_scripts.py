@@ -262,5 +262,5 @@ def test_a_checkpoint_is_that_of_its_own_llm(tmp_path):
     for kind in ("shuffled", "pretrained"):
         run("image", tmp_path, "--epochs", "1", "--block", kind)
         best = str(folder(tmp_path, kind) / "best.pt")
-        with pytest.raises(UserError, match="frozen weights"):
+        with pytest.raises(UserError, match="frozen_hash"):
             module("image").main(["--eval", best, "--layers", "0", "--limit", "8"])
