@@ -204,7 +204,7 @@ def make_transform(S, recipe, train):
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def read_pairs(args, train):
+def read_images(args, train):
     """Pairs (image or its file, class) of train or test, and the names of the classes."""
     root = Path(args.root)
     if args.data == "toy":
@@ -228,8 +228,8 @@ def load_data(args):
     """{"train", "val", "test": Images} (--eval: "test", the checkpoint's classes); fills args."""
     S = MODELS[args.model]["S"]
     with reading(args.root):
-        train, args.classes = ([], args.classes) if args.eval else read_pairs(args, train=True)
-        test, names = read_pairs(args, train=False)
+        train, args.classes = ([], args.classes) if args.eval else read_images(args, train=True)
+        test, names = read_images(args, train=False)
     # A test set may have fewer classes than the model, as ImageNet-A and -R: they go by name.
     unknown = sorted(set(names) - set(args.classes))
     if unknown:

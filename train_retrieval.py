@@ -1,883 +1,603 @@
-"""Image-text retrieval: co-attention with one frozen LLM block after it ranks every pair.
+"""Image-text retrieval: METER's fusion with one frozen LLM block after it scores every pair.
 
-    python train_retrieval.py --block none random pretrained   # three arms on a toy, offline
-    python train_retrieval.py --data karpathy --root DIR       # Flickr8k, Flickr30k or COCO
-    python train_retrieval.py --data karpathy --root DIR --json dataset_coco.json
-    torchrun --nproc-per-node=4 train_retrieval.py ...         # several GPUs, the same batches
+    python train_retrieval.py --block none random pretrained     # three arms on toy images, offline
+    python train_retrieval.py --data karpathy --root DIR --size 96       # Flickr8k, Flickr30k, COCO
 
-DIR holds Karpathy's dataset_*.json and, anywhere below, the images that it names. COCO's restval
-belongs to train. A sample is a caption with its image; --limit counts images. Validation is the
-first 100 images of val or, where there is none, of a tenth of train that is held out; the test is
-on all pairs of image and caption.
+DIR holds Karpathy's dataset_*.json and the images in images/ (COCO's in images/train2014/ ...).
+The paper's run (Flickr30k image retrieval R@1 49.66 -> 50.22; 1 day on 4 A100; not run here):
 
-The paper's run (Flickr30k image retrieval R@1/5/10 49.66/80.86/89.48 -> 50.22/82.26/90.08; not run
-here):
+    torchrun --nproc-per-node=4 train_retrieval.py --data karpathy --root DIR --model base \\
+        --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \\
+        --block none random pretrained --size 224 --epochs 10 --batch-size 512 --warmup 1 \\
+        --lr 5e-6 --proj-lr 10
 
-    python train_retrieval.py --data karpathy --root DIR --model base --llm huggyllama/llama-7b \\
-        --block none random pretrained --vision openai/clip-vit-base-patch32 --text roberta-base \\
-        --epochs 10 --batch-size 512 --lr 2.5e-5 --weight-decay 0.01 --warmup 1
-
-Each run ends with a line `RESULT {json}`: ir1, ir5, ir10 is how often (percent) a caption finds its
-image among the first 1, 5, 10, and tr1, tr5, tr10 how often an image finds one of its captions.
-Its checkpoint is chosen on validation; the test images are used once. The same command again
-resumes, or prints what is done.
-
-Differs from the paper: METER trains on train and val, and validates on test; its false captions
-may be the image's own; its ITM fuses images and captions once more; its images have 384 pixels, in
-their own proportions and augmented, here they are squeezed into a square.
-Letters: B batch, K captions of an image (1 true, 15 false), N visual and M text tokens, D width, S
-side of an image, n images and C captions of a gallery.
+val selects the epoch (its first 100 images); test is used once, every image with every caption.
+Differs from the paper: METER trains on val, too, selects on test, augments images, and its false
+captions may be the image's own; Adam's betas (0.9, 0.98) and linear decay there.
+Letters: B batch, K captions of an image, N visual and M text tokens, D width, S side of an image,
+n images and C captions in all.
 """
 
 import argparse
-import functools
-import hashlib
-import inspect
 import json
 import math
 import os
-import platform
 import random
 import re
 import sys
 import time
 from collections import Counter
-from datetime import timedelta
+from itertools import combinations, permutations, product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import default_collate as collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from llmblock import KINDS, LLMBlock, UserError, count_gflops, fail, read, save
+from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, SIGN = "retrieval", 1  # best.pt: the largest SIGN * first metric on validation
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun
-FREE = ("block", "seed", "seeds", "workers", "device", "compile", "out", "eval")  # may differ
-HIDE_BAR = RANK > 0 or None  # None: tqdm draws no bar where there is no terminal
+TASK, BEST = "retrieval", max  # the best epoch has the largest first metric on validation data
+torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base has METER's width and depth (https://arxiv.org/abs/2111.02387); depth layers see before the
-# fusion layers see and read. micro is ours.
+# base has METER's width and depth (https://arxiv.org/abs/2111.02387): `depth` layers of the image
+# encoder, then `fusion` layers of either stream. micro is ours.
 MODELS = {
-    "micro": {"D": 64, "depth": 1, "fusion": 2, "heads": 4, "dropout": 0.0, "S": 36, "patch": 12},
-    "small": {"D": 384, "depth": 6, "fusion": 3, "heads": 6, "dropout": 0.1, "S": 224, "patch": 16},
-    "base": {"D": 768, "depth": 12, "fusion": 6, "heads": 12, "dropout": 0.1, "S": 224,
-             "patch": 16},
+    "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
+    "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
+    "base": {"D": 768, "heads": 12, "dropout": 0.1, "depth": 12, "fusion": 6, "patch": 16},
 }  # fmt: skip
-LONGEST = 40  # tokens of a caption, METER's
-VALIDATE = 100  # images: all pairs of Flickr30k's 1,000 would take about as long as an epoch
-PAIRS = 256  # scored at a time: 50,000 visual tokens of base, enough work for a GPU
+CAPTIONS = 16  # are ranked for an image: one true and 15 false ones, as in METER
+LONGEST = 40  # tokens of a caption, as in METER
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--data", choices=("toy", "karpathy"), default="toy", help="toy is drawn here")
-    p.add_argument("--root", default="data", help="directory of the data")
-    p.add_argument("--json", metavar="NAME", help="Karpathy's file, where DIR has several")
-    p.add_argument("--model", choices=MODELS, default="micro", help="paper: base")
-    p.add_argument("--size", type=int, help="side of the images (default: the model's)")
-    p.add_argument("--vision", metavar="NAME", help="pre-trained image encoder: openai/clip-...")
-    p.add_argument("--text", metavar="NAME", help="pre-trained text encoder: roberta-base")
-    p.add_argument("--false", type=int, help="captions to rank a true one with (toy: 3, paper: 15)")
-    p.set_defaults(epochs=4, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.5)
-    args = finish_args(p, argv)
-    args.size = args.size or MODELS[args.model]["S"]
-    if args.size < 1 or (args.size % MODELS[args.model]["patch"] and not args.vision):
-        raise UserError(f"--size {args.size} is not a multiple of {MODELS[args.model]['patch']}")
-    args.false = (3 if args.data == "toy" else 15) if args.false is None else args.false
-    if args.false < 1:
-        raise UserError(f"--false {args.false} must be at least 1")
-    return args
-
-
-# ---------------------------------------------------------------- data
-
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
-           "yellow": (230, 210, 40), "white": (245, 245, 245), "purple": (170, 40, 200),
-           "orange": (240, 130, 20), "cyan": (40, 200, 210)}  # fmt: skip
-SHAPES = ("disc", "square", "triangle", "cross")
-
-
-def draw_toy(n, seed, S):
-    """n images, uint8 (n, 3, S, S), of two or three objects, and two captions of each. The second
-    quarter has the scenes of the first, but two objects have exchanged their colours: to tell them
-    apart, one must bind colours to shapes.
-    """
-    g, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    x = 40 + 60 * torch.rand(n, 3, 1, 1, generator=g).expand(n, 3, S, S)
-    cell = torch.rand(n, 9, generator=g).argsort(1)[:, :3]  # of 3 x 3, a different one for each
-    shape = torch.rand(n, 4, generator=g).argsort(1)  # no two objects have the same
-    colour = torch.rand(n, 8, generator=g).argsort(1)
-    number, quarter = torch.randint(2, 4, (n,), generator=g), n // 4
-    for values in (cell, shape, colour, number):
-        values[quarter : 2 * quarter] = values[:quarter]
-    colour[quarter : 2 * quarter, :2] = colour[:quarter, :2].flip(1)
-    grid = 3 * (torch.arange(S) + 0.5) / S
-    for i in range(3):
-        shift = 0.5 + 0.1 * (2 * torch.rand(2, n, 1, 1, generator=g) - 1)
-        u = (grid[None, None, :] - (cell[:, i] % 3)[:, None, None] - shift[0]) / 0.4
-        v = (grid[None, :, None] - (cell[:, i] // 3)[:, None, None] - shift[1]) / 0.4
-        square, cross = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
-        triangle = (v < 0.85) & (v > 2 * u.abs() - 1)
-        forms = [u**2 + v**2 < 0.9, square < 0.8, triangle, (square < 1) & (cross < 0.3)]
-        where = torch.stack(forms)[shape[:, i], torch.arange(n)] & (number > i)[:, None, None]
-        tint = torch.tensor(list(COLOURS.values()))[colour[:, i], :, None, None]
-        x = torch.where(where[:, None], tint, x)
-    x = (x + 10 * torch.randn(x.shape, generator=g)).clamp(0, 255).to(torch.uint8)
-    captions = []
-    for m, *columns in zip(*(t.tolist() for t in (number, colour, shape, cell)), strict=True):
-        objects = [
-            (f"{list(COLOURS)[a]} {SHAPES[b]}", divmod(c, 3))
-            for a, b, c in zip(*columns, strict=False)
-        ][:m]
-        captions.append([tell_toy(objects, rng) for _ in range(2)])
-    return x, captions
-
-
-def tell_toy(objects, rng):
-    """A caption of objects (name, (row, column)): the first of any order, and where others are."""
-    (text, (row, column)), *others = rng.sample(objects, len(objects))
-    for i, (name, (r, c)) in enumerate(others):
-        sides = ["left of" if column < c else "right of"] * (column != c)
-        sides += ["above" if row < r else "below"] * (row != r)
-        text += f"{' and' * (i > 0)} {rng.choice(sides)} {name}"
-    return text
-
-
-def read_toy(args):
-    """{split: [(number of an image, its captions)]} and all images (n, 3, S, S) of the toy."""
-    splits, images = {}, []
-    for seed, (split, n) in enumerate((("train", 2000), ("val", 40), ("test", 100))):
-        x, captions = draw_toy(n, seed, args.size)
-        splits[split] = list(enumerate(captions, sum(map(len, images))))
-        images.append(x)
-    return splits, torch.cat(images)
-
-
-def read_karpathy(args):
-    """{split: [(name of an image, its captions)]} and {name: path} of all files below --root, where
-    the path is None if several have that name.
-    """
-    files, splits = {}, {}
-    for p in sorted(Path(args.root).rglob("*")):
-        if p.is_file():
-            files[p.name] = None if p.name in files else p  # None: no telling which is meant
-    lists = [name for name in files if name.endswith(".json")]
-    name = args.json or (lists[0] if len(lists) == 1 else None)
-    if not files.get(name):
-        found = ", ".join(lists[:5]) or "none"
-        raise UserError(f"{args.root} has these .json files: {found}. Name Karpathy's with --json")
-    try:
-        for image in json.loads(files[name].read_text("utf-8-sig"))["images"]:
-            split = "train" if image["split"] == "restval" else image["split"]
-            row = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
-            if not all(isinstance(text, str) for text in (split, row[0], *row[1])):
-                raise TypeError(f"{row} is not all text")
-            if row[1]:  # images without captions are left out
-                splits.setdefault(split, []).append(row)
-    except Exception as e:
-        raise UserError(f"{files[name]} is not in Karpathy's format: {e!r}") from e
-    if not (splits.get("train") and splits.get("test")):
-        found = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) or "none"
-        raise UserError(f"{files[name]} lacks a train or a test split, it has images: {found}")
-    return splits, files
-
-
-def to_rgb(image):
-    if image.mode[0] in "IF":  # 16 or 32 bits: Pillow would cut off all above 255
-        raise ValueError(f"its mode is {image.mode}, only 8 bits a channel are read")
-    return image.convert("RGB")
-
-
-def read_image(path, shape):
-    """uint8 (3, S, S), squeezed into the square: no text loses what it speaks of."""
-    with Image.open(path) as file:
-        image = to_rgb(file).resize(shape[1:], Image.Resampling.BICUBIC)
-    return v2.functional.pil_to_tensor(image)
-
-
-def decode_some(decode, shape, dtype, files):
-    """decode(file, shape) of some files, zeros where one is broken; and which are good, 1 or 0."""
-    x = torch.zeros(len(files), *shape, dtype=dtype)
-    good = torch.zeros(len(files), dtype=torch.uint8)
-    for i, file in enumerate(files):
-        try:
-            x[i], good[i] = decode(file, shape), 1
-        except Exception as e:  # a broken file may raise anything
-            print(f"skipped {file}: {type(e).__name__}: {e}", file=sys.stderr)
-    return x, good
-
-
-def decode_once(files, decode, shape, dtype, args):
-    """What decode gives for each of n files, (n, *shape), and which of them are good (n).
-
-    It is written to a file whose name is a hash of all that it depends on, and mapped from there.
-    """
-    stats = [(str(p), p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
-    key = repr([inspect.getsource(decode), shape, stats]).encode()
-    path = Path(args.out) / "cache" / f"{TASK}-{hashlib.sha256(key).hexdigest()[:16]}.bin"
-    if not path.exists():
-        some = functools.partial(decode_some, decode, shape, dtype)
-        loader = DataLoader(files, 8, collate_fn=some, num_workers=args.workers)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, good = path.with_suffix(f".{os.getpid()}"), []
-        try:
-            with part.open("wb") as file:
-                for x, fine in tqdm(loader, f"reading {args.root}", disable=HIDE_BAR):
-                    file.write(x.numpy())
-                    good.append(fine)
-                file.write(torch.cat(good).numpy())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    rows = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-    good = rows[-len(files) :] > 0
-    check_broken(len(good) - int(good.sum()), len(good), args.root)
-    return rows[: -len(files)].view(dtype).view(-1, *shape), good
-
-
-def split_words(text):
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def tokenise(texts, words, longest, args):
-    """Token ids (n, M), padding is -1, of texts, and how many of them were too long and are cut.
-
-    Of our own words, 0 is CLS, where every text begins, and 1 stands for what is unknown.
-    """
-    if args.text:
-        lists = encoder(args.text, transformers.AutoTokenizer)(texts)["input_ids"]
-    else:
-        number = {word: i for i, word in enumerate(words, 2)}
-        lists = [[0, *(number.get(word, 1) for word in split_words(text))] for text in texts]
-    end = lists[0][-1:] if args.text else []  # which closes a text
-    cut = [[*ids[: longest - len(end)], *end] if len(ids) > longest else ids for ids in lists]
-    rows = [torch.tensor(ids, dtype=torch.int32) for ids in cut]
-    return pad_sequence(rows, True, -1), sum(len(ids) > longest for ids in lists)
-
-
-def trim(ids):
-    """Token ids (..., M) without the columns that are padding in all texts."""
-    return ids[..., : (ids >= 0).sum(-1).max()]
-
-
-class Gallery:
-    """n images, the rows which (n) of visuals, and their C captions: tokens ids (C, M), the image
-    of each, owner (C), and a number for each different text, text (C). Its samples are captions.
-    """
-
-    def __init__(self, split, rows, visuals, which, words, args):
-        self.split, self.visuals, self.which = split, visuals, torch.tensor(which)
-        self.owner = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts])
-        texts, number = [text for _, texts in rows for text in texts], {}
-        self.ids, self.cut = tokenise(texts, words, LONGEST, args)
-        plain = [" ".join(split_words(text)) for text in texts]
-        self.text = torch.tensor([number.setdefault(text, len(number)) for text in plain])
-
-    def __len__(self):
-        return len(self.owner)
-
-    def draw_false(self, true, K, gen):
-        """K captions (B, K) for each of the captions true (B): of other images, of another text."""
-        true, false = true[:, None], torch.randint(len(self), (len(true), K), generator=gen)
-        while True:
-            bad = (self.owner[false] == self.owner[true]) | (self.text[false] == self.text[true])
-            if not bad.any():
-                return false
-            false[bad] = torch.randint(len(self), (int(bad.sum()),), generator=gen)
-
-    def has_false(self):
-        """Whether every caption has at least one false one."""
-        ruled_out = self.owner.bincount()[self.owner] + self.text.bincount()[self.text]
-        return bool((ruled_out - 1 < len(self)).all())  # itself was counted twice
-
-
-def read_images(names, files, args):
-    """uint8 (n, 3, S, S), and which of them are good (n)."""
-    if twice := [name for name in names if name in files and not files[name]]:
-        raise UserError(f"{args.root}: several files have the name {twice[0]}")
-    lost = [name for name in names if name not in files]
-    if len(lost) > max(1, 0.01 * len(names)):
-        text = f"{len(lost)} of {len(names)} images are not there, such as {lost[0]}"
-        raise UserError(f"{args.root}: {text}")
-    paths = [files.get(name, Path(args.root) / name) for name in names]
-    return decode_once(paths, read_image, (3, args.size, args.size), torch.uint8, args)
-
-
-def load_data(args, meta=None):
-    """{"train": Gallery, "val" and "test": [Gallery], "meta": ..., "sizes": text}."""
-    splits, source = read_toy(args) if args.data == "toy" else read_karpathy(args)
-    if not splits.get("val"):
-        rows, held = splits["train"], len(splits["train"]) // 10
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        splits["val"] = [rows[i] for i in order[:held]]
-        splits["train"] = [rows[i] for i in order[held:]]
-    most = {"train": args.limit, "val": min(VALIDATE, args.limit or VALIDATE), "test": args.limit}
-    splits = {split: splits[split][:n] for split, n in most.items()}
-    names = sorted({name for rows in splits.values() for name, _ in rows})
-    if args.data == "toy":
-        visuals, good = source[names], [True] * len(names)
-    else:
-        visuals, good = read_images(names, source, args)
-    number = {name: i for i, name in enumerate(names) if good[i]}
-    splits = {split: [row for row in rows if row[0] in number] for split, rows in splits.items()}
-    meta, data, sizes = meta or {"words": find_words(splits["train"], args)}, {}, []
-    for split, rows in splits.items():
-        if len(rows) < max(2, WORLD):
-            raise UserError(f"{args.root}: {len(rows)} {split} images are too few")
-        which = [number[name] for name, _ in rows]
-        data[split] = s = Gallery(split, rows, visuals, which, meta["words"], args)
-        text = f"{len(rows)} {split} images with {len(s)} captions"
-        sizes.append(text + f" (ir1, tr1 by chance: {100 / len(rows):.2f})" * (split != "train"))
-    if not data["train"].has_false() or len(data["train"]) < WORLD:
-        raise UserError(f"{args.root}: there are too few different train captions")
-    sizes += [
-        f"{len(meta['words'])} words",
-        f"{sum(s.cut for s in data.values())} captions are cut",
-    ]
-    if skipped := [name for name in names if name not in number]:
-        sizes.append(f"{len(skipped)} images are missing or broken: {', '.join(skipped[:5])}")
-    return {**data, "val": [data["val"]], "test": [data["test"]], "meta": meta,
-            "sizes": ", ".join(sizes)}  # fmt: skip
-
-
-def find_words(rows, args):
-    """What the model can read. Words seen once stay unknown, to learn what unknown is."""
-    words = Counter(word for _, texts in rows for text in texts for word in split_words(text))
-    return [] if args.text else sorted(word for word, n in words.items() if n > 1)
-
-
-def train_batches(data, args, gen):
-    """Yield an epoch of batches (x, tokens (B, K, M) of captions, the first of which is the true
-    one, and which of them ITM judges (B)), decided by the generator alone.
-    """
-    s = data["train"]
-    B = min(args.batch_size, len(s) // WORLD * WORLD)
-    order = torch.randperm(len(s), generator=gen)
-    for true in order[: len(s) // B * B].split(B):
-        captions = torch.cat([true[:, None], s.draw_false(true, args.false, gen)], dim=1)
-        judged = torch.randperm(B, generator=gen) % 2  # the true one for half of the images
-        captions, judged = captions[RANK::WORLD], judged[RANK::WORLD]  # processes share a batch
-        x, ids = s.visuals[s.which[s.owner[captions[:, 0]]]], trim(s.ids[captions])
-        yield x.to(args.device), ids.to(args.device), judged.to(args.device)
-
-
-def normalise(x):
-    """uint8 -> float with ImageNet's mean and deviation, whatever the data."""
-    return v2.functional.normalize(x / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-# ---------------------------------------------------------------- model
-
-
-class Attention(nn.Module):
-    """x (B, N, D) attends to those tokens of y (B, M, D) that mask (B, M), or None, calls real."""
-
-    def __init__(self, D, heads):
-        super().__init__()
-        self.heads, self.q, self.kv = heads, nn.Linear(D, D), nn.Linear(D, 2 * D)
-        self.out = nn.Linear(D, D)
-
-    def forward(self, x, y, mask):
-        (B, N, D), M = x.shape, y.shape[1]
-        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, h, N, d)
-        k, v = self.kv(y).view(B, M, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, M, d)
-        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(x.transpose(1, 2).reshape(B, N, D))
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer; where cross, it attends to another stream, too."""
-
-    def __init__(self, D, heads, dropout, cross=False):
-        super().__init__()
-        self.norm1, self.norm2, self.drop = nn.LayerNorm(D), nn.LayerNorm(D), nn.Dropout(dropout)
-        self.own = Attention(D, heads)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-        if cross:
-            self.norm3, self.norm4 = nn.LayerNorm(D), nn.LayerNorm(D)
-            self.cross = Attention(D, heads)
-
-    def forward(self, x, mask, y=None, y_mask=None):
-        own = self.norm1(x)
-        x = x + self.drop(self.own(own, own, mask))
-        if y is not None:
-            x = x + self.drop(self.cross(self.norm3(x), self.norm4(y), y_mask))
-        return x + self.drop(self.mlp(self.norm2(x)))  # (B, N, D)
-
-
+# ---------------------------------------------------------------- the model
 class ImageEncoder(nn.Module):
-    """Patches of images uint8 (B, 3, S, S) as tokens (B, N, D), CLS first; their mask is None."""
+    """Patches of images uint8 (B, 3, S, S) -> tokens (B, N, D), CLS first."""
 
-    def __init__(self, D, depth, heads, dropout, S, patch):
+    def __init__(self, D, depth, heads, dropout, patch, S):
         super().__init__()
-        self.embed, self.cls = nn.Conv2d(3, D, patch, patch), nn.Parameter(torch.zeros(1, 1, D))
-        self.pos = nn.Parameter(0.02 * torch.randn(1, 1 + (S // patch) ** 2, D))
-        self.layers = nn.ModuleList([Layer(D, heads, dropout) for _ in range(depth)])
+        self.patch_embed = nn.Conv2d(3, D, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(0.1 * torch.randn(1, 1 + (S // patch) ** 2, D))
+        kwargs = {"dropout": dropout, "activation": "gelu", "batch_first": True}
+        layers = [nn.TransformerEncoderLayer(D, heads, 4 * D, **kwargs) for _ in range(depth)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
-        x = self.embed(normalise(x)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.pos
-        for layer in self.layers:
-            x = layer(x, None)
-        return x, None
+        x = v2.functional.normalize(x / 255, [0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N - 1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
+        return self.layers(x + self.pos_embed)
+
+
+class CLIPEncoder(nn.Module):
+    """The same with a pre-trained CLIP without its last layer, as METER uses it."""
+
+    def __init__(self, name, D):
+        super().__init__()
+        clip = load_pretrained(transformers.CLIPVisionModel, name, "clip").float()
+        self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
+        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]
+        self.join = nn.Linear(self.encoder.config.hidden_size, D)
+
+    def forward(self, x):
+        mean = [0.48145466, 0.4578275, 0.40821073]
+        x = v2.functional.normalize(x / 255, mean, [0.26862954, 0.26130258, 0.27577711])
+        x = self.encoder(x, interpolate_pos_encoding=True).last_hidden_state
+        return self.join(self.encoder.post_layernorm(x))  # (B, N, D)
 
 
 class TextEncoder(nn.Module):
-    """Word embeddings with positions of token ids (B, M), where -1 is padding; and the mask."""
+    """Token ids (B, M), -1 is padding -> embeddings (B, M, D), and their mask, True = real."""
 
     def __init__(self, D, words, longest):
         super().__init__()
         self.words = nn.Embedding(2 + words, D)
-        self.pos = nn.Parameter(0.02 * torch.randn(1, longest, D))
+        self.pos_embed = nn.Parameter(torch.randn(1, longest, D))
+        self.norm = nn.LayerNorm(D)
 
     def forward(self, ids):
-        return self.words(ids.clamp(min=0)) + self.pos[:, : ids.shape[1]], ids >= 0
+        mask = ids >= 0
+        x = self.words(ids.clamp(min=0)) + self.pos_embed[:, : ids.shape[1]]
+        return self.norm(x), mask
 
 
-def encoder(name, kind=transformers.AutoModel, **options):
-    """What transformers has under a name or in a directory."""
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(f"transformers finds no encoder {name}: {e}") from e
-
-
-class PretrainedVision(nn.Module):
-    """Tokens of a pre-trained vision transformer, of CLIP or alone, trained along."""
+class RobertaEncoder(nn.Module):
+    """The same with a pre-trained RoBERTa."""
 
     def __init__(self, name, D):
         super().__init__()
-        model = encoder(name, dtype=torch.float32)
-        self.encoder = getattr(model, "vision_model", model)
-        look = encoder(name, transformers.AutoImageProcessor)
-        self.mean, self.std = look.image_mean, look.image_std
-        self.encoder.pooler = None  # of no use here
-        self.join = nn.Linear(self.encoder.config.hidden_size, D)
-
-    def forward(self, x):
-        x = v2.functional.normalize(x / 255, self.mean, self.std)
-        x = self.encoder(x, interpolate_pos_encoding=True).last_hidden_state
-        last = getattr(self.encoder, "post_layernorm", nn.Identity())  # CLIP has it for CLS alone
-        return self.join(last(x)), None
-
-
-class PretrainedText(nn.Module):
-    """Tokens of a pre-trained language encoder, trained along."""
-
-    def __init__(self, name, D):
-        super().__init__()
-        self.encoder = encoder(name, dtype=torch.float32)
-        self.encoder.pooler = None
+        self.encoder = load_pretrained(transformers.RobertaModel, name, "roberta").float()
+        self.encoder.pooler = None  # METER has poolers of its own, after the fusion
         self.join = nn.Linear(self.encoder.config.hidden_size, D)
 
     def forward(self, ids):
-        mask, padding = ids >= 0, self.encoder.config.pad_token_id
-        x = self.encoder(ids.where(mask, padding), attention_mask=mask).last_hidden_state
-        return self.join(x), mask
+        mask = ids >= 0
+        ids = ids.where(mask, self.encoder.config.pad_token_id)
+        return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
+
+
+class Fusion(nn.Module):
+    """METER's co-attention: in each layer, either stream attends to itself and to the other one.
+
+    PyTorch's decoder layer is METER's: self-attention, cross-attention, MLP, a norm after each.
+    """
+
+    def __init__(self, D, depth, heads, dropout):
+        super().__init__()
+        kwargs = {"dropout": dropout, "activation": "gelu", "batch_first": True}
+        layers = [nn.TransformerDecoderLayer(D, heads, 4 * D, **kwargs) for _ in range(2 * depth)]
+        self.image_layers = nn.ModuleList(layers[:depth])
+        self.text_layers = nn.ModuleList(layers[depth:])
+
+    def forward(self, image, text, text_mask):
+        """image (B, N, D), text (B, M, D), text_mask (B, M), True = real -> image, text."""
+        padding = ~text_mask  # PyTorch's attention wants to know what is not real
+        for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
+            seen = image  # both streams read the other one as it was before this layer
+            image = image_layer(image, text, memory_key_padding_mask=padding)
+            text = text_layer(text, seen, tgt_key_padding_mask=padding)
+        return image, text
 
 
 class Retrieval(nn.Module):
-    """METER: two streams that attend to themselves and to each other, poolers, two heads.
+    """Encoders, METER's fusion, the LLM block on the visual tokens, poolers, two heads."""
 
-    NOTE(paper): METER is post-norm; this is pre-norm, which trains from scratch.
-    """
-
-    def __init__(self, vision, text, D, fusion, heads, dropout, llm):
+    def __init__(self, image_encoder, text_encoder, D, fusion, heads, dropout, llm):
         super().__init__()
-        self.encode_images, self.encode_texts = vision, text
-        self.seeing, self.reading = (
-            nn.ModuleList([Layer(D, heads, dropout, cross=True) for _ in range(fusion)])
-            for _ in range(2)
-        )
-        self.norm, self.text_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.pool, self.text_pool = nn.Linear(D, D), nn.Linear(D, D)
-        self.rank_head, self.itm_head = nn.Linear(2 * D, 1), nn.Linear(2 * D, 2)
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.fusion = Fusion(D, fusion, heads, dropout)
         self.llm = llm
+        self.image_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+        self.text_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+        # As in METER's code: the head of image-text matching (ITM; 0 no, 1 match) stays as it is,
+        # and the ranking head starts from its row 1.
+        self.itm_score = nn.Linear(2 * D, 2).requires_grad_(False)
+        self.rank_output = nn.Linear(2 * D, 1, bias=False)
+        self.rank_output.weight.data = self.itm_score.weight[1:].clone()
 
-    def fuse(self, x, mask, t, t_mask):
-        """Of pairs of tokens (B, N, D), (B, M, D): scores (B), and logits of no match, match."""
-        for image_layer, text_layer in zip(self.seeing, self.reading, strict=True):
-            x, t = image_layer(x, mask, t, t_mask), text_layer(t, t_mask, x, mask)
-        x = self.llm(x, mask)  # the frozen LLM block: this line is the paper
-        x, t = self.norm(x)[:, 0], self.text_norm(t)[:, 0]
-        x = torch.cat([self.pool(x), self.text_pool(t)], dim=1).tanh().float()
-        with torch.autocast(x.device.type, enabled=False):  # bf16 has ties, which count as wrong
-            return self.rank_head(x)[:, 0], self.itm_head(x)  # (B), (B, 2)
+    def fuse(self, image, text, text_mask):
+        """Tokens of B pairs, image (B, N, D) and text (B, M, D) -> their features (B, 2 D)."""
+        image, text = self.fusion(image, text, text_mask)
+        image = self.llm(image)  # the frozen LLM block: this line is the paper
+        image = self.image_pooler(image[:, 0])  # (B, D)
+        text = self.text_pooler(text[:, 0])
+        return torch.cat([image, text], dim=1)
 
-    def forward(self, x, ids):
-        """Images (B, 3, S, S) with K captions each, tokens (B, K, M): logits (B, K), (B, K, 2)."""
+    def forward(self, x, itm_x, ids):
+        """Images x (B, 3, S, S) with captions ids (B, K, M), the first of which is true -> scores
+        (B, K); and ITM's logits (B, 2) of images itm_x with the true captions.
+        """
         B, K, _ = ids.shape
-        x, mask = self.encode_images(x)  # once for all captions of an image
-        x = x.repeat_interleave(K, dim=0)  # (B * K, N, D)
-        score, match = self.fuse(x, mask, *self.encode_texts(ids.flatten(0, 1)))
-        return score.view(B, K), match.view(B, K, 2)
+        text, text_mask = self.text_encoder(ids.flatten(0, 1))  # (B * K, M, D), (B * K, M)
+        image = self.image_encoder(x).repeat_interleave(K, dim=0)  # (B * K, N, D)
+        scores = self.rank_output(self.fuse(image, text, text_mask)).view(B, K)
+        itm_image = self.image_encoder(itm_x)  # (B, N, D), with every K-th caption
+        pairs = self.fuse(itm_image, text[::K], text_mask[::K])
+        return scores, self.itm_score(pairs)
 
 
-def build_model(args, kind, seed, meta):
-    torch.manual_seed(seed)
-    c = MODELS[args.model]
-    size = {k: c[k] for k in ("D", "heads", "dropout")}
-    if args.vision:
-        vision = PretrainedVision(args.vision, c["D"])
-    else:
-        vision = ImageEncoder(**size, depth=c["depth"], S=args.size, patch=c["patch"])
-    if args.text:
-        text = PretrainedText(args.text, c["D"])
-    else:
-        text = TextEncoder(c["D"], len(meta["words"]), LONGEST)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    llm = LLMBlock(args.llm, c["D"], args.layers, kind, seed=seed, dtype=dtype)
-    return Retrieval(vision, text, **size, fusion=c["fusion"], llm=llm)
+def load_pretrained(kind, name, family):
+    """A model or tokeniser that transformers has under a name or in a directory."""
+    with reading(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type != family:
+            raise ValueError(f"it is a {config.model_type}, only {family} is served here")
+        return kind.from_pretrained(name)
 
 
-def example(args):
-    """One input of the model, to count its GFLOPs: an image and a caption of 16 words."""
-    images = torch.zeros(1, 3, args.size, args.size, dtype=torch.uint8)
-    return images, torch.zeros(1, 1, 16, dtype=torch.int32)
-
-
-def param_groups(model, args):
-    """Weight decay on matrices only: not on biases, norms, positions, CLS and words. With encoders
-    that are pre-trained, METER's rates: theirs is a fifth of --lr; the LLM's projections have the
-    paper's, ten times that of the image encoder.
-    """
-    groups = {}
-    for name, p in model.named_parameters():
-        scale = 1.0
-        if args.vision or args.text:
-            scale = 0.2 if ".encoder." in name else 2.0 if name.startswith("llm.proj") else 1.0
-        bare = ("cls", "pos", "words.weight")
-        decay = args.weight_decay * (p.ndim > 1 and not name.endswith(bare))
-        groups.setdefault((decay, scale), []).append(p)
-    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
-
-
-def compute_loss(model, batch):
-    """The true caption among K, and ITM: whether one of them, true or false, belongs to the image.
-
-    As METER does, the sum, without the weight of 0.5 that its configuration has for ITM. Its ITM
-    fuses pairs of its own; ours reuses ranked ones, which saves a seventeenth of the work.
-    """
-    x, ids, judged = batch
-    score, match = model(x, ids)
-    match = match[torch.arange(len(x)), judged]  # (B, 2)
-    rank_loss = F.cross_entropy(score, torch.zeros_like(judged))
-    return rank_loss + F.cross_entropy(match, (judged == 0).long())
-
-
-def recalls(scores, owner):
-    """Percent: ir, captions that find their image among the first 1, 5, 10; tr, images that find
-    one of their captions. scores are (n, C), owner (C) says whose the captions are.
-
-    A rank is the number of wrong ones that are not strictly worse than the best right one: a model
-    that scores everything alike has found nothing.
-    """
-    right = owner == torch.arange(len(scores))[:, None]  # (n, C)
-    own = scores.gather(0, owner[None])  # (1, C), each with its only image
-    best = scores.where(right, -torch.inf).amax(1, keepdim=True)  # (n, 1)
-    ranks = {"ir": (~(scores < own) & ~right).sum(0), "tr": (~(scores < best) & ~right).sum(1)}
-    return {
-        f"{way}{k}": round(100 * (rank < k).double().mean().item(), 3)
-        for way, rank in ranks.items()
-        for k in (1, 5, 10)
-    }
+# ---------------------------------------------------------------- loss and metrics
+def compute_loss(args, model, batch):
+    x, itm_x, ids, match = [t.to(args.device) for t in batch]
+    scores, itm_logits = model(x, itm_x, ids)
+    first = torch.zeros_like(match)  # the true caption's place
+    # NOTE(paper): METER's code never applies the weight 0.5 that its configuration has for ITM.
+    return F.cross_entropy(scores, first) + F.cross_entropy(itm_logits, match)
 
 
 @torch.no_grad()
-def evaluate(model, sets, args):
-    """Recalls where every image meets every caption. Each is encoded once, then pairs are fused:
-    an image at a time with up to PAIRS captions. The processes share the images.
-    """
+def evaluate(args, model, captions):
+    """Score every image with every caption, each encoded once. The processes share the images."""
     model.eval()
-    s, device = sets[0], args.device
-    by_length = (s.ids >= 0).sum(1).argsort(stable=True)  # little padding
-    scores = torch.zeros(len(s.which), len(s), device=device)
-    with autocast(args):
-        images = [model.encode_images(s.visuals[i].to(device)) for i in s.which.split(PAIRS)]
-        texts = [
-            (c, *model.encode_texts(trim(s.ids[c]).to(device))) for c in by_length.split(PAIRS)
-        ]
-        images, start = torch.cat([x for x, _ in images]), time.perf_counter()  # (n, N, D)
-        for i in tqdm(range(RANK, len(images), WORLD), f"scoring {s.split}", disable=HIDE_BAR):
-            for c, t, t_mask in texts:
-                x = images[i].expand(len(c), -1, -1)
-                scores[i, c.to(device)] = model.fuse(x, None, t, t_mask)[0]
-    scores = all_sum(scores).cpu()
-    if s.split == "test":
-        speed = scores.numel() / (time.perf_counter() - start)
-        text = (
-            f"scored {scores.numel()} pairs at {speed:.0f} pairs/s: 1,000 images x 5,000 captions"
-        )
-        say(f"{text} would take {5e6 / speed / 60:.1f} min")
-    return recalls(scores, s.owner)
+    chunks = captions.ids.to(args.device).split(args.batch_size * CAPTIONS)
+    texts = [model.text_encoder(ids) for ids in chunks]
+    scores = torch.zeros(len(captions.images), len(captions))  # (n, C)
+    for i in tqdm(range(RANK, len(scores), WORLD), "all pairs", disable=RANK > 0 or None):
+        image = model.image_encoder(captions.look(i)[None].to(args.device))  # (1, N, D)
+        row = []
+        for text, text_mask in texts:
+            pairs = model.fuse(image.expand(len(text), -1, -1), text, text_mask)
+            row.append(model.rank_output(pairs)[:, 0])
+        scores[i] = torch.cat(row)
+    if WORLD > 1:
+        dist.all_reduce(scores)  # the sum: rows of other processes are 0 here
+    return recalls(scores, captions.owner)
+
+
+def recalls(scores, owner):
+    """Percent of captions that find their image (ir), and of images that find one of their captions
+    (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c].
+    """
+    ranks = {"ir": [], "tr": []}
+    for caption, image in enumerate(owner):
+        behind = scores[:, caption] < scores[image, caption]  # equals, and NaN, are not behind
+        ranks["ir"].append(len(behind) - behind.sum())
+    for image, row in enumerate(scores):
+        behind = row[owner != image] < row[owner == image].max()
+        ranks["tr"].append(1 + len(behind) - behind.sum())
+    metrics = {}
+    for way in ("ir", "tr"):
+        for k in (1, 5, 10):
+            metrics[f"{way}{k}"] = 100 * (torch.stack(ranks[way]) <= k).float().mean().item()
+    return metrics
+
+
+# ---------------------------------------------------------------- data: words and images
+def split_words(text):
+    """Lower-case words and single signs."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def find_words(texts):
+    """Our own vocabulary: what the texts have twice. Once is for learning what unknown means."""
+    counts = Counter(word for text in texts for word in split_words(text))
+    return sorted(word for word, n in counts.items() if n > 1)
+
+
+def tokenise(texts, words, roberta, longest):
+    """Token ids (n, M), -1 is padding. Of our own words, 0 begins a text and 1 is unknown."""
+    if roberta:
+        tokeniser = load_pretrained(transformers.AutoTokenizer, roberta, "roberta")
+        lists = tokeniser(texts, truncation=True, max_length=longest)["input_ids"]
+    else:
+        numbers = {word: i for i, word in enumerate(words, 2)}
+        lists = [[0] + [numbers.get(word, 1) for word in split_words(text)] for text in texts]
+    rows = [torch.tensor(ids[:longest]) for ids in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def read_image(path):
+    with reading(path), Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def to_pixels(image, S):
+    """An image of any size -> its pixels, uint8 (3, S, S): a central square, as in METER."""
+    steps = [v2.Resize(S, v2.InterpolationMode.BICUBIC), v2.CenterCrop(S), v2.PILToTensor()]
+    return v2.Compose(steps)(image)
+
+
+# ---------------------------------------------------------------- data: batches
+def batches(args, dataset, seed=None):
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    n = len(dataset)
+    size = args.batch_size
+    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    if seed is not None:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = min(size, n // WORLD * WORLD)  # no larger than the data
+        whole = n // size * size  # only whole batches; and no random seed twice
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        size = size // WORLD  # of each process
+    return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
+
+
+class Captions(Dataset):
+    """Captions as token ids (C, M); caption c is of images[owner[c]].
+
+    A sample: a caption's image; for ITM that image again or, half of the time, another one; the
+    caption's tokens ahead of 15 false ones' (K, M); whether ITM's image is the right one.
+    """
+
+    def __init__(self, args, rows):
+        self.S = args.size
+        self.images = [image for image, _ in rows]
+        texts = [text for _, captions in rows for text in captions]
+        self.ids = tokenise(texts, args.classes, args.text, LONGEST)
+        self.owner = torch.tensor([i for i, (_, captions) in enumerate(rows) for _ in captions])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def look(self, i):
+        image = self.images[i]
+        return to_pixels(read_image(image) if isinstance(image, Path) else image, self.S)
+
+    def draw_false(self, index):
+        """A random caption of another image."""
+        other = index
+        while self.owner[other] == self.owner[index]:
+            other = torch.randint(len(self), ()).item()
+        return other
+
+    def __getitem__(self, item):
+        seed, index = item
+        torch.default_generator.manual_seed(seed)  # the same for any number of workers
+        ranked = [index] + [self.draw_false(index) for _ in range(CAPTIONS - 1)]
+        match = torch.randint(2, ()).item()
+        itm_image = self.owner[index if match else self.draw_false(index)]
+        return self.look(self.owner[index]), self.look(itm_image), self.ids[ranked], match
+
+
+def read_karpathy(root, split):
+    """Rows (file of an image, its captions) of the one JSON file in root."""
+    files = list(root.glob("*.json"))
+    if len(files) != 1:
+        raise UserError(f"{root} has {len(files)} .json files, not Karpathy's alone")
+    rows = []
+    with reading(files[0]):
+        for image in json.loads(files[0].read_text("utf-8"))["images"]:
+            if image["split"].replace("restval", "train") == split:  # COCO has restval, too
+                file = root / "images" / image.get("filepath", "") / image["filename"]
+                if not file.exists():
+                    raise FileNotFoundError(file)
+                rows.append((file, [sentence["raw"] for sentence in image["sentences"]]))
+    return rows
+
+
+def load_data(args):
+    """{"train", "val", "test": Captions}, for --eval the test set alone."""
+    data = {}
+    args.sizes = {}
+    for split in ["test"] if args.eval else ["train", "val", "test"]:
+        if args.data == "toy":
+            rows = [draw_toy(i) for i in TOY[split]]
+        else:
+            rows = read_karpathy(Path(args.root), split)
+        if split == "val":
+            rows = rows[:100]  # all pairs of Flickr30k's 1,000 images would take half an epoch
+        rows = rows[: args.limit]
+        if len(rows) < 2:
+            raise UserError(f"{args.root} has {len(rows)} {split} images, at least 2 are needed")
+        if args.classes is None:  # what the model can read: train's words
+            words = find_words(text for _, captions in rows for text in captions)
+            args.classes = [] if args.text else words
+        data[split] = Captions(args, rows)
+        args.sizes[split] = len(rows)
+    return data
+
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = {"square": (4, 4), "pole": (1, 5), "plate": (5, 1)}  # half of their width and height
+# Two shapes in two colours, 36 times; each scene has a twin with the colours exchanged.
+SCENES = list(product(combinations(SHAPES, 2), permutations(COLOURS, 2)))
+TOY = {"train": range(720), "val": range(720, 756), "test": range(756, 792)}  # images
+
+
+def draw_toy(index):
+    """An image of a scene's two objects, each in a patch of its own, and two captions. To tell it
+    from its twin, one must know which shape has which colour.
+    """
+    rng = random.Random(index)
+    shapes, colours = SCENES[index % 36]
+    image = Image.new("RGB", (36, 36))
+    for cell, shape, colour in zip(rng.sample(range(9), 2), shapes, colours, strict=True):
+        x = 12 * (cell % 3) + rng.randint(5, 6)
+        y = 12 * (cell // 3) + rng.randint(5, 6)
+        w, h = SHAPES[shape]
+        ImageDraw.Draw(image).rectangle((x - w, y - h, x + w, y + h), colour)
+    first = f"{colours[0]} {shapes[0]}"
+    second = f"{colours[1]} {shapes[1]}"
+    return image, [f"{first} and {second}", f"{second} and {first}"]
+
+
+# ---------------------------------------------------------------- settings
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--data", choices=("toy", "karpathy"), default="toy", help="toy is drawn here")
+    p.add_argument("--root", default="data", help="where the data is")
+    p.add_argument("--model", choices=MODELS, default="micro", help="paper: base")
+    p.add_argument("--size", type=int, default=36, help="of images; photos 96 to 224")
+    p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP as image encoder")
+    p.add_argument("--text", metavar="NAME", help="a pre-trained RoBERTa as text encoder")
+    p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 10")
+    p.add_argument("--batch-size", type=int, default=32, help="captions; paper: 512")
+    p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision, of CLIP: 5e-6")
+    p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
+    p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
+    return parse_shared(p, argv)
+
+
+def build_model(args, kind, seed):
+    torch.manual_seed(seed)
+    c = MODELS[args.model]
+    D = c["D"]
+    layer = {"D": D, "heads": c["heads"], "dropout": c["dropout"]}
+    image_encoder = ImageEncoder(**layer, depth=c["depth"], patch=c["patch"], S=args.size)
+    if args.vision:
+        image_encoder = CLIPEncoder(args.vision, D)
+    text_encoder = TextEncoder(D, len(args.classes), LONGEST)
+    if args.text:
+        text_encoder = RobertaEncoder(args.text, D)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    llm = LLMBlock(args.llm, D, args.layers, kind, seed, dtype)
+    return Retrieval(image_encoder, text_encoder, **layer, fusion=c["fusion"], llm=llm)
+
+
+def param_groups(args, model):
+    """No weight decay on biases, norms, positions, CLS, words. With pre-trained encoders METER's
+    rates: --lr is theirs and the ranking head's, what else is new has 5 times that.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        plain = p.ndim == 1 or name.endswith(("cls_token", "pos_embed", "words.weight"))
+        scale = 5.0 if args.vision or args.text else 1.0
+        if ".encoder." in name or name.startswith("rank_output"):
+            scale = 1.0
+        if name.startswith("llm.proj"):
+            scale = args.proj_lr
+        if p.requires_grad:
+            groups.setdefault((0.0 if plain else args.weight_decay, scale), []).append(p)
+    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
 
 
 # ---------------------------------------------------------------- the same in every script
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+WORKERS = max(0, min(8, os.cpu_count() - 2))  # two cores are the training's own
+DEVICES = [name for name in ("cuda", "mps", "cpu") if torch.get_device_module(name).device_count()]
+# May differ when a run is resumed. All other settings, and classes and sizes of the data, may not.
+FREE = ("root", "workers", "device", "compile", "out", "eval", "autocast")
 
-def finish_args(p, argv):
-    """Add the flags of every script, parse (with --eval, a checkpoint's settings are the defaults),
-    check, and resolve `auto`.
-    """
+
+def parse_shared(p, argv):
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
     p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
-    p.add_argument("--seed", type=int, default=0, help="the first seed")
-    p.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
-    p.add_argument("--epochs", type=int, help="default: %(default)s")
-    p.add_argument("--batch-size", type=int, help="of all processes (default: %(default)s)")
-    p.add_argument("--lr", type=float, help="the cosine's peak (default: %(default)s)")
-    p.add_argument("--weight-decay", type=float, help="default: %(default)s")
-    p.add_argument("--warmup", type=float, help="epochs (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="to load data")
+    p.add_argument("--proj-lr", type=float, default=1.0, help="times --lr: the projections' rate")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each arm runs once a seed")
     p.add_argument("--limit", type=int, help="use at most so many samples of each split")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    p.add_argument("--workers", type=int, default=WORKERS, help="processes that load data")
+    p.add_argument("--device", choices=DEVICES, default="cuda" if "cuda" in DEVICES else "cpu")
+    p.add_argument("--bf16", action="store_true", help="frozen layers in bf16; autocast on CUDA")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
+    p.set_defaults(classes=None, sizes=None)  # load_data fills them in
     p.error = fail
     args = p.parse_args(argv)
-    if args.eval:
-        p.set_defaults(**load(args.eval)["settings"])
+    if args.eval:  # the checkpoint's settings are the defaults
+        p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    args.block = list(dict.fromkeys(args.block))  # each arm once
-    if min(args.epochs, args.batch_size, args.seeds, args.limit or 1) < 1:
-        raise UserError("--epochs, --batch-size, --seeds and --limit must be at least 1")
-    if args.lr <= 0 or min(args.weight_decay, args.warmup, args.workers) < 0:
-        raise UserError("--lr must be positive; --weight-decay, --warmup, --workers at least 0")
-    if args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
-    if args.device == "auto":  # mps only on request
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not torch.get_device_module(args.device).device_count():
-        raise UserError(f"--device {args.device}: PyTorch finds none here")
-    if args.precision == "auto":
-        if args.device == "cpu":  # casting costs the narrow micro more than bf16 saves
-            bf16 = args.model != "micro" and torch.cpu._is_avx512_bf16_supported()
-        else:
-            bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp32"
+    if args.batch_size < 1 or args.batch_size % WORLD:
+        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
 
-def autocast(args):
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def lr_at(step, steps, warmup, peak):
-    """Linear warm-up, then a cosine from the peak to a hundredth of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    t = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * t)) / 2)
-
-
-def all_sum(x):
-    """Sum of a tensor over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def check_broken(broken, n, where):
-    if broken > max(1, 0.01 * n):
-        raise UserError(f"{where}: {broken} of {n} samples are broken, more than 1%")
-    if broken and RANK == 0:
-        print(f"{where}: {broken} of {n} samples are broken and were skipped", file=sys.stderr)
-
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-
-def load(path, model=None):
-    """A checkpoint of this script, also into the model."""
-    state = read(path)
-    if not isinstance(state, dict) or state.get("task") != TASK:
-        raise UserError(f"{path} was not written by train_{TASK}.py")
-    try:
-        if model is not None:
-            model.load_state_dict(state["model"])
-    except RuntimeError as e:
-        raise UserError(f"{path} holds a model of another shape: {e}") from e
-    return state
-
-
-def train_epoch(args, model, optimizer, data, epoch, gen, name):
-    """The plain loop over the batches of an epoch, and what metrics.jsonl says of it."""
-    start, total = time.perf_counter(), torch.zeros((), device=args.device)
-    steps = max(1, len(data["train"]) // args.batch_size)
-    bar = tqdm(train_batches(data, args, gen), f"{name} {epoch + 1}", steps, disable=HIDE_BAR)
-    model.train()
-    for step, batch in enumerate(bar, epoch * steps):
-        lr = lr_at(step, args.epochs * steps, args.warmup * steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        with autocast(args):
-            loss = compute_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total += loss.detach() + 0 * norm  # NaN, too, where a gradient was infinite
-        last = step + 1 == steps * (epoch + 1)
-        if (step % 50 == 0 or last) and not total.isfinite():  # not always: it waits for the GPU
-            where = f"at step {step + 1}, learning rate {lr:.1e}"
-            raise UserError(f"{name}: the loss is {total} {where}. What was saved before is kept; "
-                            "try a lower --lr, with another --out")  # fmt: skip
-    loss = all_sum(total).item() / steps / WORLD
-    samples = steps * min(args.batch_size, len(data["train"]))
-    return {"loss": loss, "lr": lr, "samples_per_s": samples / (time.perf_counter() - start)}
-
-
 def train(args, kind, seed, data):
-    """Train one arm with one seed, or resume it; test its best epoch once."""
-    out = Path(args.out) / f"{TASK}-{args.data}-{args.model}" / f"{kind}-s{seed}"
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = {"task": TASK, "kind": kind, "seed": seed, "settings": settings, "meta": data["meta"],
-             "sizes": data["sizes"], "history": [], "seconds": 0.0, "result": None}  # fmt: skip
-    if (out / "last.pt").exists():
-        state = load(out / "last.pt")
-        if changed := [k for k in settings if state["settings"].get(k) != settings[k]]:
-            theirs = f"--{changed[0].replace('_', '-')} {state['settings'].get(changed[0])}"
-            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
-        if [state["meta"], state.get("sizes")] != [data["meta"], data["sizes"]]:
-            theirs = f"other data, {state.get('sizes')}"
-            raise UserError(f"{out} was begun with {theirs}: choose another --out or delete it")
-    if state["result"]:
-        return state["result"]
-    model, history = build_model(args, kind, seed, data["meta"]).to(args.device), state["history"]
-    optimizer = torch.optim.AdamW(param_groups(model, args), fused=True)
-    if history:
-        optimizer.load_state_dict(load(out / "last.pt", model)["optimizer"])
-        say(f"{out}: resuming after epoch {len(history)}")
-    if args.compile:
-        model.compile()
-    ddp = model
-    if WORLD > 1:
-        ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # frozen weights agree from the start and never change
-    out.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    for epoch in range(len(history), args.epochs):
-        # All randomness of an epoch follows from its seeds: resuming needs no generator's state.
-        torch.manual_seed(1_000_000 * RANK + 1000 * seed + epoch)  # for drop-path and Mixup
-        gen = torch.Generator().manual_seed(1000 * seed + epoch)  # for the data, on all processes
+    """Train or resume one arm with one seed, test its best epoch. Returns the RESULT line."""
+    out = Path(args.out, f"{TASK}-{args.data}-{args.model}", f"{kind}-s{seed}")
+    model = build_model(args, kind, seed).to(args.device)
+    optimizer = torch.optim.AdamW(param_groups(args, model), fused=True)
+    state = resume(args, Path(args.eval or out / "last.pt"), kind, seed, model, optimizer)
+    if args.eval or state["result"]:  # nothing to train
+        return test(args, model, state, data) if args.eval else state["result"]
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = torch.compile(ddp, disable=not args.compile)
+    for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        row = train_epoch(args, ddp, optimizer, data, epoch, gen, f"{kind} s{seed}")
-        val = evaluate(model, data["val"], args)
-        state["seconds"] += time.perf_counter() - start
-        history.append({"epoch": epoch + 1} | row | {f"val_{k}": v for k, v in val.items()})
-        name, value = next(iter(val.items()))  # the epoch is selected by the first metric
-        say(f"{kind} s{seed} epoch {epoch + 1} | loss {row['loss']:.3f} | val_{name} {value:.2f} "
-            f"| lr {row['lr']:.1e} | {row['samples_per_s']:.0f} samples/s")  # fmt: skip
-        if RANK == 0:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if all(SIGN * value > SIGN * old[f"val_{name}"] for old in history[:-1]):
-                save(state | {"optimizer": None}, out / "best.pt")
-            (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history))
-            save(state, out / "last.pt")  # at last: killed before, the epoch is simply run again
-    if WORLD > 1:
-        dist.barrier()  # until best.pt is there
-    load(out / "best.pt", model)
-    state["result"] = report(args, model, state, data)
-    if RANK == 0:  # read again, for state["model"] is the live weights, now those of best.pt
-        save(load(out / "last.pt") | {"result": state["result"]}, out / "last.pt")
+        loader = batches(args, data["train"], 1000 * seed + epoch)
+        steps = len(loader)
+        total = 0
+        model.train()
+        for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
+            # All randomness follows from the seed and the step: that makes resuming exact.
+            torch.manual_seed(hash((seed, epoch, step, RANK)))
+            # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
+            now = epoch + step / steps
+            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
+            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * rate * group["lr_scale"]
+            # 2) forward and backward
+            with args.autocast:
+                loss = compute_loss(args, ddp, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            # 3) clip the gradient and step
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            total += loss.detach()
+        row = {"epoch": epoch + 1, "loss": total.item() / steps}
+        row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["seconds"] = time.perf_counter() - start
+        save_epoch(out, state, row, model, optimizer)
+    if args.epochs > 0:  # 0: what --init loaded is tested
+        model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    state["result"] = test(args, model, state, data)
+    if args.epochs > 0 and RANK == 0:
+        save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
 
-def report(args, model, state, data):
-    """Test, and return the contents of the RESULT line."""
-    metrics, record = evaluate(model, data["test"], args), model.llm.record
-    speeds = [row["samples_per_s"] for row in state["history"]]
-    inputs = [x.to(args.device) for x in example(args)]
-    peak, chip = None, f"{platform.machine()}, {os.cpu_count()} cores"
-    if args.device == "cuda":
-        peak, chip = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
-    elif sys.platform == "linux":  # of the whole process, so at least that of earlier arms
-        import resource  # not on Windows
+def resume(args, path, kind, seed, model, optimizer):
+    """The state of a new run, or of the checkpoint if there is one, which is then loaded."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings |= {"block": [kind], "seeds": [seed], "frozen_hash": model.llm.record.get("hash")}
+    state = {"task": TASK, "settings": settings, "history": [], "result": None}
+    if path.exists():
+        state = read(path, TASK)
+        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+            saved = state["settings"].get(key)
+            if saved != settings[key]:
+                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    return state
 
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def save_epoch(out, state, row, model, optimizer):
+    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    if not math.isfinite(row["loss"]):
+        raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
+    state["history"].append(row)
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
+    print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
+        if values[-1] == BEST(values):
+            save(state, out / "best.pt")
+        save(state, out / "last.pt")
+    if WORLD > 1:
+        dist.barrier()  # until they are written
+
+
+def test(args, model, state, data):
+    """Score the test set, once. Returns what the RESULT line says."""
+    metrics = args.autocast(evaluate)(args, model, data["test"])
+    weights = [p for layer in model.llm.layers for p in layer.parameters()]
+    history = state["history"]
     return {
-        "task": TASK, "data": args.data, "model": args.model, "kind": state["kind"],
-        "llm": record.get("llm"), "layers": record.get("layers"), "seed": state["seed"],
-        "metrics": metrics, "params_trainable": sum(p.numel() for p in model.parameters()),
-        "params_frozen": sum(b.numel() for b in model.llm.layers.buffers()),
-        "gflops_per_sample": round(count_gflops(model, *inputs), 4),
-        "samples_per_s": round(sum(speeds) / len(speeds), 1),
-        "peak_mem_mb": peak and round(peak / 2**20), "seconds": round(state["seconds"], 1),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                     "transformers": transformers.__version__, "device": chip},
+        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.kind,
+        "llm": Path(args.llm).name, "layers": model.llm.record.get("layers"),
+        "seed": state["settings"]["seeds"][0], "epochs": args.epochs, "lr": args.lr,
+        "proj_lr": args.proj_lr, "metrics": {k: round(v, 3) for k, v in metrics.items()},
+        "params_trainable": sum(p.numel() for p in model.parameters()),
+        "params_frozen": sum(p.numel() for p in weights if not p.requires_grad),
+        "samples_per_s": round(history[-1]["samples_per_s"], 1) if history else None,
+        "seconds": round(sum(r["seconds"] for r in history), 1), "date": time.strftime("%Y-%m-%d"),
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }  # fmt: skip
-
-
-def summarise(results):
-    """Mean ± standard deviation over the seeds of each arm."""
-    rows = [["block", "n", *results[0]["metrics"]]]
-    for kind in dict.fromkeys(r["kind"] for r in results):
-        runs = [list(r["metrics"].values()) for r in results if r["kind"] == kind]
-        rows.append([kind, len(runs)])
-        for x in torch.tensor(runs, dtype=torch.float64).T:  # one metric of all seeds
-            rows[-1].append(f"{x.mean():.2f}" + (f" ± {x.std():.2f}" if len(x) > 1 else ""))
-    for row in rows:
-        say(f"{row[0]:12}" + "".join(f"{cell:>16}" for cell in row[1:]))
 
 
 def main(argv=None):
     args = parse_args(argv)
     if WORLD > 1:
+        sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=12))  # the first may read for long
-    saved = load(args.eval) if args.eval else None
-    if RANK:
-        dist.barrier()  # the first process goes ahead and downloads what is missing
-    data = load_data(args, saved and saved["meta"])
-    if saved and data["meta"] != saved["meta"]:
-        raise UserError(f"{args.eval} was trained on other classes than {args.data} has")
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    say(f"{TASK} {args.data} {args.model} on {args.device} in {args.precision}: {data['sizes']}")
-    if saved:
-        model = build_model(args, saved["kind"], saved["seed"], saved["meta"])
-        load(args.eval, model)
-        results = [report(args, model.to(args.device), saved, data)]
-        say("RESULT " + json.dumps(results[0]))
-    else:
-        results = []
-        for kind in args.block:  # what cannot be built fails now, and not after the first arm
-            build_model(args, kind, args.seed, data["meta"])
-        for seed in range(args.seed, args.seed + args.seeds):
-            for kind in args.block:
-                results.append(train(args, kind, seed, data))
-                say("RESULT " + json.dumps(results[-1]))
-    if len(results) > 1:
-        summarise(results)
-    if WORLD > 1:
-        dist.destroy_process_group()
+        dist.init_process_group()
+    data = load_data(args)
+    if min(args.sizes.values()) < WORLD:
+        raise UserError(f"{args.sizes}: too few samples")
+    print(TASK, args.data, args.model, args.device, args.sizes)
+    results = []
+    for seed in args.seeds:
+        for kind in args.block:
+            results.append(train(args, kind, seed, data))
+            print("RESULT", json.dumps(results[-1]), flush=True)
+    for kind in args.block:  # a small table
+        for name in results[0]["metrics"]:
+            values = [r["metrics"][name] for r in results if r["kind"] == kind]
+            sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            print(f"{kind:12}{name:16}{np.mean(values):8.2f} ± {sd:.2f}")
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as e:
-        fail(e)
-    except KeyboardInterrupt:
-        print("stopped: the same command resumes after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+    run(main)

@@ -1,4 +1,4 @@
-"""README's and the docstrings' commands parse, and README's Python runs.
+"""README's and the docstrings' commands parse, README's Python runs, its numbers are results.
 
 python -m pytest tests/test_readme.py -q
 """
@@ -13,43 +13,60 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+import make_results  # noqa: E402
+import test_sizes  # noqa: E402
+from visualize import read_results  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
-SCRIPTS = [*(p.stem for p in ROOT.glob("train_*.py")), "visualize"]
+SCRIPTS = sorted(p.stem for p in ROOT.glob("train_*.py"))
 DOCS = "\n".join([README, *(import_module(name).__doc__ for name in SCRIPTS)])
 DOCS = DOCS.replace("\\\n", " ")  # commands that go on in the next line
-COMMANDS = sorted(set(re.findall(r"\b(train_[a-z]+|visualize)\.py ([^`#\n)]*)", DOCS)))
+COMMANDS = sorted(set(re.findall(r"\b(train_[a-z]+)\.py ([^`#;\n)]*)", DOCS)))
 
 
 @pytest.mark.parametrize("script, argv", COMMANDS)
 def test_command_parses(script, argv, monkeypatch):
     module = import_module(script)
-    argv = [word for word in shlex.split(argv) if word not in ("...", "[--foreground", "8", "9]")]
-    if "--eval" in argv:  # the checkpoint is the reader's: let it have no settings of its own
-        monkeypatch.setattr(module, "load", lambda path: {"settings": {}})
-    module.parse_args(argv)  # exits on a flag or a value that is not there
+    # The checkpoint is the reader's: let it have no settings of its own.
+    monkeypatch.setattr(module, "read", lambda path, task: {"settings": {}})
+    words = [word for word in shlex.split(argv) if word not in ("...", "done")]
+    module.parse_args(words)  # exits on a flag or a value that is not there
 
 
-def test_python_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks and len(COMMANDS) > 5
-    for code in blocks:
-        scope = {}
-        exec(code, scope)
-        assert scope["y"].shape == (2, 197, 384)
-        assert list(scope["stages"]) == ["host", "proj_in", "attention", "ffn", "proj_out"]
+def test_there_are_commands_for_every_script():
+    assert {script for script, _ in COMMANDS} == set(SCRIPTS) and len(COMMANDS) > 15
 
 
-def test_commands_on_toys_run(tmp_path, capsys):
-    """Those that need no data of the reader's, with a few samples and for one epoch."""
-    commands = re.findall(r"^python (train_[a-z]+|visualize)\.py ([^#\n]*)", README, re.MULTILINE)
-    own = [
-        (name, argv) for name, argv in commands if not re.search("--root|--masks|cifar|CKPT", argv)
-    ]
-    assert [name for name, _ in own] == ["train_image", "train_vqa", "visualize"]
-    few = ["--limit", "24", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "runs")]
-    for name, argv in own:
-        argv = [word.replace("runs/", f"{tmp_path}/runs/") for word in shlex.split(argv)]
-        argv += few if name != "visualize" else ["--out", str(tmp_path / "figures")]
-        import_module(name).main(argv)
-    assert "| pretrained | tiny_llm | [3] | 1 |" in capsys.readouterr().out
-    assert (tmp_path / "figures/image-toy-micro-compare.png").exists()
+def test_python_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["loss"].isfinite()
+    trained = {id(p) for group in scope["optimizer"].param_groups for p in group["params"]}
+    block = scope["vit"].encoder.layers[-1]
+    assert id(block.proj_in.weight) in trained
+    assert not any(id(p) in trained for p in block.layers[0].parameters())
+
+
+def test_the_forward_pass_in_readme_is_that_of_the_script():
+    (quoted,) = re.findall(r"```\n(x = self.patch_embed.*?)```", README, re.DOTALL)
+    script = (ROOT / "train_image.py").read_text()
+    for line in quoted.strip().splitlines():
+        assert line.partition("#")[0].strip() in script
+
+
+def test_tables_are_made_from_results():
+    results = read_results(ROOT / "tests/results.jsonl")
+    text = make_results.fill(README, "toys", make_results.summary(results, real=False))
+    assert make_results.fill(text, "real", make_results.summary(results, real=True)) == README
+    assert make_results.all_tables(results) == (ROOT / "tests/RESULTS.md").read_text()
+    for r in results:
+        assert {"commit", "machine", "date", "versions"} <= set(r)
+
+
+def test_the_file_map_has_the_lines_that_the_sizes_test_holds():
+    rows = re.findall(r"\| `(\w+)\.py` \| (\d+) \|", README)
+    assert {name: int(lines) for name, lines in rows} == test_sizes.LINES
+    assert len(README.encode()) <= 12_500

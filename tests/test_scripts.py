@@ -199,9 +199,10 @@ def test_two_processes_equal_one(once, tmp_path, monkeypatch):
     assert printed[0].count("RESULT ") == 1 and not printed[1]
     a, b = (load(folder(x) / "last.pt")["model"] for x in (out, tmp_path))
     # The mean, not the largest: where a gradient is rounding noise (as of a bias in front of a
-    # BatchNorm), AdamW makes a step of it all the same. BatchNorm's statistics are each process's.
+    # BatchNorm), AdamW makes a step of it all the same. In point clouds, each process has its own
+    # BatchNorm statistics and stretches its own clouds.
     change = torch.cat([(a[k] - b[k]).flatten().float() for k in a if "running" not in k])
-    assert change.abs().mean() < (2e-5 if name == "pointcloud" else 2e-6)
+    assert change.abs().mean() < (1e-4 if name == "pointcloud" else 2e-6)
 
 
 class Malicious:
