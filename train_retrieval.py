@@ -27,7 +27,7 @@ import re
 import sys
 import time
 from collections import Counter
-from itertools import combinations, permutations, product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -323,7 +323,7 @@ class Captions(Dataset):
 
     def __getitem__(self, item):
         seed, index = item
-        torch.default_generator.manual_seed(seed)  # the same for any number of workers
+        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
         ranked = [index] + [self.draw_false(index) for _ in range(CAPTIONS - 1)]
         match = torch.randint(2, ()).item()
         itm_image = self.owner[index if match else self.draw_false(index)]
@@ -368,19 +368,22 @@ def load_data(args):
     return data
 
 
-COLOURS = ("red", "green", "blue", "yellow")
-SHAPES = {"square": (4, 4), "pole": (1, 5), "plate": (5, 1)}  # half of their width and height
-# Two shapes in two colours, 36 times; each scene has a twin with the colours exchanged.
-SCENES = list(product(combinations(SHAPES, 2), permutations(COLOURS, 2)))
-TOY = {"train": range(720), "val": range(720, 756), "test": range(756, 792)}  # images
+COLOURS = ("red", "green", "blue", "yellow", "white", "magenta")
+SHAPES = {"square": (4, 4), "pole": (1, 5), "plate": (5, 1), "dot": (1, 1)}  # half width and height
+SCENES = list(product(combinations(SHAPES, 2), combinations(COLOURS, 2)))  # 90
+random.Random(0).shuffle(SCENES)
+TOY = {"train": range(720), "val": range(720, 760), "test": range(760, 820)}  # images
 
 
 def draw_toy(index):
-    """An image of a scene's two objects, each in a patch of its own, and two captions. To tell it
-    from its twin, one must know which shape has which colour.
+    """An image of two objects, each in a patch of its own, and two captions. Images 2 i and 2 i + 1
+    show the same scene with exchanged colours: to tell them apart, one must know which colour is
+    which shape's.
     """
     rng = random.Random(index)
-    shapes, colours = SCENES[index % 36]
+    shapes, colours = SCENES[index // 2 % 90]
+    if index % 2:
+        colours = colours[::-1]
     image = Image.new("RGB", (36, 36))
     for cell, shape, colour in zip(rng.sample(range(9), 2), shapes, colours, strict=True):
         x = 12 * (cell % 3) + rng.randint(5, 6)

@@ -1,4 +1,4 @@
-"""Action recognition: a VideoMAE-style ViT with one frozen LLM block after its last layer.
+r"""Action recognition: a VideoMAE-style ViT with one frozen LLM block after its last layer.
 
     python train_video.py --block none random pretrained     # three arms on toy clips, offline
     python train_video.py --data folder --root DIR           # DIR/train/CLASS/, DIR/val/CLASS/
@@ -6,9 +6,9 @@
 A clip is a video file (pip install av) or a folder of frames, which are sorted by name.
 The paper's run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not run here):
 
-    torchrun --nproc-per-node=4 train_video.py --data ssv2 --root DIR --model small \\
-        --init videomae_vit_s_ssv2.pth --llm huggyllama/llama-7b --layers 15 \\
-        --block none random pretrained --recipe videomae --epochs 40 --warmup 5 --batch-size 24 \\
+    torchrun --nproc-per-node=4 train_video.py --data ssv2 --root DIR --model small \
+        --init videomae_vit_s_ssv2.pth --llm huggyllama/llama-7b --layers 15 \
+        --block none random pretrained --recipe videomae --epochs 40 --warmup 5 --batch-size 24 \
         --lr 9.4e-5 --layer-decay 0.7 --weight-decay 0.05 --views 2x3 --bf16
 
 A tenth of train selects the epoch; val/ or validation.json is the test set and used once.
@@ -92,8 +92,9 @@ class Block(nn.Module):
 class VideoViT(nn.Module):
     """VideoMAE's vision transformer, parts named as published. The head sees the mean token."""
 
-    def __init__(self, D, depth, heads, patch, S, T, K, drop_path, llm):
+    def __init__(self, D, depth, heads, patch, S, T, K, drop_path, centre, llm):
         super().__init__()
+        self.centre = centre  # whether a clip's mean colour is subtracted
         cube = (2, patch, patch)  # a token is made of so many frames and pixels
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(3, D, cube, cube)))
         # Fixed positions: sine, cosine, ... (https://arxiv.org/abs/1706.03762, section 3.5).
@@ -108,6 +109,8 @@ class VideoViT(nn.Module):
         self.llm = llm
 
     def forward(self, x):
+        if self.centre:  # NOTE(paper): from scratch, motion is learned sooner so
+            x = x - x.mean((1, 3, 4), keepdim=True)
         x = self.patch_embed(x.transpose(1, 2))  # (B, T, 3, S, S) -> (B, D, T/2, S/patch, S/patch)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         x = self.blocks(x + self.positions)  # the host's own encoder
@@ -121,7 +124,7 @@ def compute_loss(args, model, batch):
     x = batch[0].to(args.device)  # (B, V, T, 3, S, S): one or two copies of each clip
     y = batch[1].to(args.device).repeat(x.shape[1])  # (V B)
     # A clip's copies stand B apart: MixUp and CutMix mix neighbours, so never a clip with itself.
-    x = normalise(args, x.transpose(0, 1).flatten(0, 1))  # (V B, T, 3, S, S)
+    x = normalise(x.transpose(0, 1).flatten(0, 1))  # (V B, T, 3, S, S)
     if args.recipe != "videomae":
         return F.cross_entropy(model(x), y)
     erase = v2.RandomErasing(0.25, value="random")
@@ -132,14 +135,9 @@ def compute_loss(args, model, batch):
     return F.cross_entropy(model(x.unflatten(1, (-1, 3))), y, label_smoothing=0.1)
 
 
-def normalise(args, x):
-    """Clips uint8 (B, T, 3, S, S) -> float."""
-    x = x / 255
-    if args.recipe == "videomae":  # ImageNet's mean and deviation, as published weights expect
-        return v2.functional.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    # NOTE(paper): from scratch, motion is learned much sooner without the colour of a clip.
-    x = x - x.mean((1, 3, 4), keepdim=True)
-    return x / x.std((1, 2, 3, 4), keepdim=True).clamp(min=1e-3)
+def normalise(x):
+    """uint8 -> float with ImageNet's mean and deviation, as published weights expect."""
+    return v2.functional.normalize(x / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @torch.no_grad()
@@ -150,7 +148,7 @@ def evaluate(args, model, clips):
     for x, y in batches(args, clips):
         p = 0
         for view in x.unbind(1):  # (B, T, 3, S, S), V times
-            p = p + model(normalise(args, view.to(args.device))).float().softmax(1)  # (B, K)
+            p = p + model(normalise(view.to(args.device))).float().softmax(1)  # (B, K)
         hits = p.cpu().topk(min(5, len(args.classes))).indices == y[:, None]  # (B, 5)
         correct += torch.tensor([hits[:, 0].sum(), hits.sum()])
     top1, top5 = (100 * correct / len(clips)).tolist()
@@ -250,9 +248,8 @@ def find_clips(args, split):
         file = {"train": "train.json", "val": "validation.json"}[split]
         rows = json.loads((root / "labels" / file).read_text())
         names = [row["template"].replace("[", "").replace("]", "") for row in rows]
-        clips = [root / f"20bn-something-something-v2/{row['id']}.webm" for row in rows]
-        for clip in clips:
-            clip.stat()  # an error, if it is not there
+        folder = root / "20bn-something-something-v2"  # strict: an error, if a clip is not there
+        clips = [(folder / f"{row['id']}.webm").resolve(strict=True) for row in rows]
         labels = json.loads((root / "labels/labels.json").read_text())
         args.classes = args.classes or sorted(labels, key=lambda name: int(labels[name]))
     args.classes = args.classes or sorted(set(names))
@@ -275,28 +272,25 @@ def load_data(args):
     return data
 
 
-STEPS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-
-
 def draw_toy(index, T, S):
     """A disc that moves: frames uint8 (T, S, S, 3), its class, its pixels as masks (T, S, S).
 
-    The class is where it goes first and second. It starts anywhere, and what leaves the picture
-    returns at the other side: so a single frame tells nothing.
+    The class is where it goes first and second. It starts anywhere: a single frame tells nothing.
     """
     rng = random.Random(index)
-    first, second = rng.sample(list(STEPS), 2)
-    speed = rng.uniform(0.8, 1.4) * S / T  # pixels a frame
     colour = np.array(rng.choices(range(150, 256), k=3), np.uint8)
     background = np.array(rng.choices(range(110), k=3), np.uint8)
     disc = Image.new("1", (S, S))
     ImageDraw.Draw(disc).circle((S / 2, S / 2), rng.uniform(0.12, 0.17) * S, fill=1)
-    place = np.array([rng.random() * S, rng.random() * S])
+    disc = np.roll(disc, (rng.randrange(S), rng.randrange(S)), axis=(0, 1))
+    v = rng.randint(3, 5)  # pixels a frame
+    steps = {"right": (0, v), "left": (0, -v), "down": (v, 0), "up": (-v, 0)}
+    first, second = rng.sample(list(steps), 2)
     masks = []
     for t in range(T):
-        x, y = place.round().astype(int)
-        masks.append(np.roll(disc, (y, x), axis=(0, 1)))
-        place += np.multiply(speed, STEPS[first if t < T / 2 else second])
+        masks.append(disc)
+        step = steps[first] if t < T / 2 else steps[second]
+        disc = np.roll(disc, step, axis=(0, 1))  # what leaves at one side returns at the other
     masks = np.stack(masks)
     return np.where(masks[..., None], colour, background), f"{first}, then {second}", masks
 
@@ -325,7 +319,8 @@ def build_model(args, kind, seed):
     config = MODELS[args.model] | {"K": len(args.classes)}
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     llm = LLMBlock(args.llm, config["D"], args.layers, kind, seed, dtype)
-    model = VideoViT(**config, drop_path=0.1 if args.recipe == "videomae" else 0.0, llm=llm)
+    paper = args.recipe == "videomae"
+    model = VideoViT(**config, drop_path=0.1 * paper, centre=not paper, llm=llm)
     if args.init:
         load_init(model, args.init)
     return model

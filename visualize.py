@@ -1,14 +1,14 @@
 """What the block does to the tokens, as pictures and numbers; and tables of results.
 
     python visualize.py runs/image-toy-micro              # all runs in a directory, ...
-    python visualize.py runs/*/pretrained-s0 --n 4        # ... these, or checkpoints
+    python visualize.py runs/*/pretrained-s0 --limit 4    # ... these, or checkpoints
     python visualize.py RUN --masks DIR                   # DIR/images, DIR/masks: same names
     python visualize.py tests/results.jsonl               # only tables, of RESULT lines
 
 Prints tables of the results in markdown. Into --out go a picture of every run and one that compares
-the arms. Where masks say which tokens are foreground (toy images know theirs), a table
-tells how well activations find it: the paper's information filtering, section 4. Other flags go to
-the script that wrote the checkpoint: --root, --llm, ... All is computed on the CPU.
+the arms. Where masks say which tokens are foreground (toy images know theirs), a table tells how
+well activations find it: the paper's information filtering, section 4. Flags that are not its own
+go to the script that wrote the checkpoint: --root, --llm, ... All is computed on the CPU.
 
 Letters: N tokens, D width, S side of an image in pixels, T frames, P points, G groups of points.
 """
@@ -17,8 +17,6 @@ import argparse
 import importlib
 import json
 import math
-import textwrap
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms import v2
 
-from llmblock import KINDS, UserError, fail, read, reading, run
+from llmblock import UserError, fail, read, reading, run
 
 FONT = ImageFont.load_default(13)
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom, as in any book of statistics
@@ -39,8 +37,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # ---------------------------------------------------------------- what the model computes
 @torch.no_grad()
 def look(model, inputs):
-    """What happens to one sample: {stage: tokens (N, D)}, and how much of the host's last attention
-    goes to each token (N)."""
+    """One sample's {stage: tokens (N, D)}, and how much the host's last attention sees each (N)."""
     # 1) find the host's last self-attention among the tokens that the block gets
     for name, module in model.named_modules():
         others = name.startswith(("llm.", "fusion.text_layers."))
@@ -146,9 +143,8 @@ def masked_photos(script, S, root):
     masks = {path.stem: path for path in Path(root, "masks").glob("*")}
     crop = script.make_transform(S, "light", train=False)
     for path in sorted(Path(root, "images").glob("*")):
-        if path.stem in masks:
-            with reading(path), Image.open(path) as image, Image.open(masks[path.stem]) as mask:
-                yield crop(image.convert("RGB")), crop(Image.fromarray(np.array(mask) > 0))
+        with reading(path), Image.open(path) as image, Image.open(masks[path.stem]) as mask:
+            yield crop(image.convert("RGB")), crop(Image.fromarray(np.array(mask) > 0))
 
 
 def measure_masks(script, args, model, root):
@@ -162,18 +158,17 @@ def measure_masks(script, args, model, root):
         if mask.all() or not mask.any():
             continue
         tokens, attention = look(model, [script.normalise(x[None])])
-        order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(len(rows)))
+        order = torch.randperm(len(mask))
         for name, heat in heat_maps(script.TASK, tokens, attention).items():
             rows.setdefault(name, []).append([*score(heat, mask), *score(heat[order], mask)])
     if not rows:
-        raise UserError(f"{root}: no image has a mask of its name that is partly foreground")
+        raise UserError(f"{root} has no images/NAME with masks/NAME that is partly foreground")
     return {name: np.mean(scores, axis=0) for name, scores in rows.items()}
 
 
 def mask_table(arms):
     """A table of {arm: [what measure_masks found, for each seed]}."""
-    rows = [["stage", "measure", "block", "average precision", "best IoU"]]
-    rows[0] += ["average precision by chance", "best IoU by chance"]
+    rows = ["stage|measure|block|average precision|best IoU|AP by chance|IoU by chance".split("|")]
     for name in max((seeds[0] for seeds in arms.values()), key=len):
         for arm, seeds in arms.items():
             if name in seeds[0]:  # not all arms have all stages
@@ -187,13 +182,13 @@ def read_results(path):
     """RESULT lines of a file, as they were printed."""
     with reading(path):
         lines = path.read_text().splitlines()
-        return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.strip()]
+        return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def group_results(results):
     """{task, data, model, epochs, rate: {(kind, LLM, layers, proj-lr): [RESULT of each seed]}}."""
     groups = {}
-    for r in sorted(results, key=lambda r: KINDS.index(r["kind"])):
+    for r in filter(None, results):  # without those of unfinished runs
         arm = ("none", "", "", "")
         if r["kind"] != "none":
             arm = (r["kind"], r["llm"], " ".join(map(str, r["layers"])), str(r["proj_lr"]))
@@ -204,15 +199,13 @@ def group_results(results):
 
 def results_table(arms):
     """A table of a group: mean ± sd of each metric, and the difference to `none`."""
-    first = next(iter(arms.values()))[0]
-    names = list(first["metrics"])
+    baselines = arms.get(("none", "", "", ""), [])
+    names = list(next(iter(arms.values()))[0]["metrics"])
     rows = [["block", "LLM", "layers", "proj-lr", "seeds", *names, f"{names[0]} - none"]]
-    baselines = {r["seed"]: r["metrics"][names[0]] for r in arms.get(("none", "", "", ""), [])}
     for arm, results in arms.items():
         row = [*arm, str(len(results))]
         row += [spread([r["metrics"][name] for r in results]) for name in names]
-        values = {r["seed"]: r["metrics"][names[0]] for r in results}
-        rows.append([*row, "" if arm[0] == "none" else gain(values, baselines)])
+        rows.append([*row, gain(results, baselines, names[0])])
     return markdown(rows)
 
 
@@ -223,15 +216,16 @@ def spread(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-def gain(values, baselines):
-    """Mean difference of two {seed: value}, paired by seed, ± its 95 % interval."""
-    differences = [values[seed] - baselines[seed] for seed in values if seed in baselines]
+def gain(results, baselines, name):
+    """Mean difference of a metric, paired by seed, ± its 95 % interval."""
+    none = {r["seed"]: r["metrics"][name] for r in baselines}
+    differences = [r["metrics"][name] - none[r["seed"]] for r in results if r["seed"] in none]
     n = len(differences)
-    if n == 0:
+    if n == 0 or results is baselines:
         return ""
     if n == 1:
         return f"{differences[0]:+.2f}"
-    t = T95[min(n - 1, len(T95)) - 1]
+    t = T95[min(n, 10) - 2]
     interval = t * np.std(differences, ddof=1) / math.sqrt(n)
     return f"{np.mean(differences):+.2f} ± {interval:.2f}"
 
@@ -247,17 +241,18 @@ def markdown(rows):
 def glow(heat):
     """Heat from 0 to 1 -> colours from black over red and yellow to white: uint8 (..., 3)."""
     channels = torch.stack([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=-1)
-    return (255 * channels.clamp(0, 1)).byte().numpy()
+    return (255 * channels.clamp(0, 1)).byte()
 
 
 def paint_image(pixels, heat=None, size=112):
     """Pixels (3, S, S), under the heat (N) of their patches."""
-    picture = v2.functional.to_pil_image(pixels).resize((size, size), Image.Resampling.BICUBIC)
+    picture = v2.functional.to_pil_image(pixels).resize((size, size))
     if heat is None:
         return picture
     side = math.isqrt(len(heat))
-    over = Image.fromarray(glow(heat.view(side, side))).resize((size, size), Image.Resampling.BOX)
-    return Image.blend(picture.convert("L").convert("RGB"), over, 0.7)
+    colours = glow(heat.view(side, side)).numpy()
+    colours = Image.fromarray(colours).resize((size, size), Image.Resampling.BOX)
+    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.7)
 
 
 def paint_clip(frames, heat=None):
@@ -272,19 +267,19 @@ def paint_clip(frames, heat=None):
 
 
 def paint_points(points, colours, centres, heat=None, size=112):
-    """Points (P, 3), z upwards, from above and aside: in colours (P, 3) from 0 to 1, or as hot as
-    the nearest centre (G, 3)."""
-    colours = (255 * colours).tolist()
+    """Points (P, 3) in colours (P, 3) from 0 to 1, or as hot as the nearest group's centre (G, 3)."""
+    colours = (255 * colours).byte()
     if heat is not None:
-        colours = glow(heat)[torch.cdist(points, centres).argmin(1)].tolist()
-    x, y, z = points.unbind(1)  # y leads away from us
+        nearest = torch.cdist(points, centres).argmin(1)
+        colours = glow(heat)[nearest]
+    x, y, z = points.unbind(1)  # y leads away from us, z upwards
     places = torch.stack([x + 0.4 * y, -z - 0.4 * y], dim=1)  # right, down
-    places = size / 2 + 0.45 * size * places / places.abs().max()
-    radius = max(1.5, 20 / math.sqrt(len(points)))
-    image = Image.new("RGB", (size, size), "#222222")
+    places = size * (0.5 + 0.45 * places / places.abs().max())  # pixels
+    radius = 24 / math.sqrt(len(points))
+    image = Image.new("RGB", (size, size), "#444444")
     pen = ImageDraw.Draw(image)
     for i in y.argsort(descending=True).tolist():  # near ones hide far ones
-        pen.circle(places[i].tolist(), radius, tuple(map(int, colours[i])))
+        pen.circle(places[i].tolist(), radius, tuple(colours[i].tolist()))
     return image
 
 
@@ -293,7 +288,7 @@ def paint_traffic(lines, colours, heat=None, size=168):
     if heat is not None:
         lines = lines[: len(heat)]  # without the forecasts
         colours = [tuple(colour) for colour in glow(heat).tolist()]
-    image = Image.new("RGB", (size, size), "#222222")
+    image = Image.new("RGB", (size, size), "#444444")
     pen = ImageDraw.Draw(image)
     for i in reversed(range(len(lines))):  # the target is on top
         line = lines[i][lines[i].isfinite().all(1)]  # NaN: not seen
@@ -319,8 +314,8 @@ def prepare(script, args, model, sample):
         return [x, x, sample[2][:, :1]], partial(paint_image, x[0])
     if script.TASK == "motion":  # agents, lanes and forecasts
         modes = model(x, y)[0][0]
-        colours = ["#ff5544"] + ["#5599ff"] * (x.shape[1] - 1) + ["#777777"] * y.shape[1]
-        colours += ["#ffcc33"] * len(modes)
+        colours = ["#5599ff"] * x.shape[1] + ["#777777"] * y.shape[1] + ["#ffcc33"] * len(modes)
+        colours[0] = "#ff5544"  # the target
         return [x, y], partial(paint_traffic, [*x[0], *y[0], *modes], colours)
     if args.data in script.DATA_3D:  # groups of points, at their centres in their mean colours
         centres = x[0, :, 0, 6:]
@@ -336,11 +331,11 @@ def draw_grid(rows):
     image = Image.new("RGB", (width * len(tiles), 56 + height * len(rows)), "white")
     pen = ImageDraw.Draw(image)
     for column, name in enumerate(tiles):
-        place = (width * (column + 0.5), 52)
-        pen.text(place, name.replace(" ", "\n"), "black", FONT, "md", align="center")
+        lines = name.replace(" ", "\n")
+        pen.text((width * (column + 0.5), 52), lines, "black", FONT, "md", align="center")
     for row, (title, tiles) in enumerate(rows):
         y = 56 + row * height
-        pen.text((4, y), textwrap.shorten(title, image.width // 7), "black", FONT)
+        pen.text((4, y), title, "black", FONT)
         for column, tile in enumerate(tiles.values()):
             image.paste(tile, (width * column + 2, y + 18))
     return image
@@ -351,16 +346,16 @@ def show(path, args, flags):
     """Draw the picture of a checkpoint. Returns what comparing it with others needs."""
     with reading(path):
         script = importlib.import_module(f"train_{read(path)['task']}")
-    few = ["--limit", str(max(2, args.n)), "--device", "cpu"]
-    own = script.parse_args(["--eval", str(path), *few, *flags])
-    with redirect_stdout(None):  # it may tell of so few samples' baseline
-        test = script.load_data(own)["test"]
+    # what the run was trained with, but for eight samples
+    own = script.parse_args(["--eval", str(path), "--limit", "8", "--device", "cpu", *flags])
+    test = script.load_data(own)["test"]
     kind = own.block[0]
     model = script.build_model(own, kind, own.seeds[0]).eval()
     optimizer = torch.optim.AdamW(script.param_groups(own, model))
     script.resume(own, path, kind, own.seeds[0], model, optimizer)  # with all its checks
     rows = []
-    for i in range(min(args.n, len(test))):
+    step = max(1, len(test) // own.limit)  # the captions of an image follow each other
+    for i in range(0, len(test), step):
         sample = script.collate([test[i, i]])
         inputs, paint = prepare(script, own, model, sample)
         title = ""
@@ -381,7 +376,7 @@ def show(path, args, flags):
         arm = f"{kind}-{'-'.join(map(str, model.llm.record['layers']))} {Path(own.llm).name}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     draw_grid(rows).save(Path(args.out, f"{group}-{arm}-s{own.seeds[0]}.png".replace(" ", "-")))
-    return {"group": group, "kind": kind, "arm": arm, "rows": rows, "masks": masks}
+    return {"group": group, "arm": arm, "rows": rows, "masks": masks}
 
 
 def compare(runs):
@@ -390,7 +385,7 @@ def compare(runs):
     for i, (title, tiles) in enumerate(runs[0]["rows"]):
         columns = {"input": tiles["input"]}
         for one in runs:
-            stage = "host" if one["kind"] == "none" else "proj_out"
+            stage = "host" if one["arm"] == "none" else "proj_out"
             _, tiles = one["rows"][i]
             for measure in ("magnitude", "frequency"):
                 columns.setdefault(f"{one['arm']} {measure}", tiles[f"{stage} {measure}"])
@@ -402,12 +397,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", metavar="RUN", help="directories, checkpoints, .jsonl files")
     p.add_argument("--masks", metavar="DIR", help="DIR/images and DIR/masks, above 0 is foreground")
-    p.add_argument("--n", type=int, default=8, help="samples in a picture")
     p.add_argument("--out", default="figures", help="directory of what is written")
     p.error = fail
     args, flags = p.parse_known_args(argv)
-    if args.n < 1:
-        raise UserError(f"--n {args.n}: a picture has at least one sample")
     results = []
     groups = {}
     for path in map(Path, args.runs):
@@ -421,19 +413,18 @@ def main(argv=None):
             one = show(checkpoint, args, flags)
             groups.setdefault(one["group"], []).append(one)
             last = checkpoint.with_name("last.pt")
-            result = read(last)["result"] if last.exists() else None
-            results += [result] if result else []
+            if last.exists():  # a single best.pt knows no result
+                results.append(read(last)["result"])
     for group, arms in group_results(results).items():
         print(f"\n{group}\n\n{results_table(arms)}")
     for group, runs in groups.items():
-        runs.sort(key=lambda one: KINDS.index(one["kind"]))
         compare(runs).save(Path(args.out, f"{group}-compare.png"))
         arms = {}
         for one in runs:
             arms.setdefault(one["arm"], []).append(one["masks"])
+        print(f"\n{group}: pictures are in {args.out}")
         if runs[0]["masks"]:
-            print(f"\n{group}\n\n{mask_table(arms)}")
-        print(f"\nPictures of {group} are in {args.out}")
+            print(f"\n{mask_table(arms)}")
 
 
 if __name__ == "__main__":

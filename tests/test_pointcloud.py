@@ -22,7 +22,7 @@ import train_pointcloud as pc  # noqa: E402
 from llmblock import UserError  # noqa: E402
 
 torch.set_num_threads(1)
-LAYOUTS = ("txt", "h5", "bg", "obj", "t50")  # the last three of ScanObjectNN
+NAMES = ["chair", "night_stand", "airplane"]
 
 
 def arguments(*argv):
@@ -100,29 +100,16 @@ def test_training_draws_points_stretches_and_shifts():
     line = np.arange(300.0)[:, None] * [1, 1, 1]  # equally spaced points
     clouds = pc.Clouds(arguments(), [(line, 0)], True)
     gap = clouds.tensors[0][0].diff(dim=0).mean(0)
-    scales = []
-    centres = []
-    drawn = set()
-    for seed in range(300):
-        x = clouds[seed, 0][0].sort(0)[0]
-        assert x.shape == (256, 3)
-        scale = x.diff(dim=0).amin(0) / gap  # some neighbours are always drawn together
-        place = ((x - x[0]) / scale / gap).round().int()
-        assert len(place[:, 0].unique()) == 256  # no point twice
-        drawn.add(tuple(place[:, 0].tolist()))
-        scales.append(scale)
-        centres.append(x.mean(0))
-    scales = torch.stack(scales)
-    assert 0.66 < scales.min() < 0.68 and 1.48 < scales.max() < 1.51
-    assert (scales[:, 0] - scales[:, 1]).abs().mean() > 0.2  # each axis on its own
-    assert -0.25 < torch.stack(centres).min() < -0.18 and 0.18 < torch.stack(centres).max() < 0.25
-    assert len(drawn) == 300 and torch.equal(clouds[7, 0][0], clouds[7, 0][0])
-
-
-def test_evaluation_takes_the_first_points_as_they_are():
-    clouds = pc.Clouds(arguments(), [(np.random.default_rng(0).normal(0, 1, (280, 3)), 5)], False)
-    x, y = clouds[3, 0]
-    assert torch.equal(x, clouds.tensors[0][0, :256]) and y == 5
+    x = torch.stack([clouds[seed, 0][0].sort(0)[0] for seed in range(300)])
+    scale = x.diff(dim=1).amin(1) / gap  # (300, 3): some neighbours are always drawn together
+    places = ((x - x[:, :1]) / scale[:, None] / gap).round().int()[..., 0]
+    assert x.shape == (300, 256, 3) and places.diff(dim=1).min() == 1  # no point twice
+    assert len(places.unique(dim=0)) == 300 and torch.equal(clouds[7, 0][0], clouds[7, 0][0])
+    assert 0.66 < scale.min() < 0.68 and 1.48 < scale.max() < 1.51
+    assert (scale[:, 0] - scale[:, 1]).abs().mean() > 0.2  # each axis on its own
+    assert -0.25 < x.mean(1).min() < -0.18 and 0.18 < x.mean(1).max() < 0.25
+    test = pc.Clouds(arguments(), [(line[:280], 0)], False)
+    assert torch.equal(test[7, 0][0], test.tensors[0][0, :256])  # the first, as they are
 
 
 def test_accuracy_equals_a_count_by_hand():
@@ -157,7 +144,6 @@ def write_h5(path, clouds, labels):
 
 def write_tree(root, layout):
     """Random clouds in one of the layouts: {split: (clouds, labels)}."""
-    names = ["chair", "night_stand", "airplane"]
     rng = np.random.default_rng(0)
     written = {}
     for split, n in (("train", 12), ("test", 6)):
@@ -165,35 +151,35 @@ def write_tree(root, layout):
         ys = np.arange(n) % 3
         written[split] = (xs, ys)
         if layout == "txt":
-            ids = [f"{names[y]}_{len(split)}{i:03}" for i, y in enumerate(ys)]
+            ids = [f"{NAMES[y]}_{len(split)}{i:03}" for i, y in enumerate(ys)]
             for x, y, name in zip(xs, ys, ids, strict=True):
-                (root / names[y]).mkdir(parents=True, exist_ok=True)
-                rows = np.hstack([x, np.zeros_like(x)])
-                np.savetxt(root / names[y] / f"{name}.txt", rows, "%.9g", ",")
+                (root / NAMES[y]).mkdir(parents=True, exist_ok=True)
+                np.savetxt(root / NAMES[y] / f"{name}.txt", np.hstack([x, x]), "%.9g", ",")
             for stem, k in (("modelnet10", 2), ("modelnet40", n)):
                 (root / f"{stem}_{split}.txt").write_text("\n".join(ids[:k]) + "\n")
-                (root / f"{stem}_shape_names.txt").write_text("\n".join(names[:k]) + "\n")
+                (root / f"{stem}_shape_names.txt").write_text("\n".join(NAMES[:k]) + "\n")
         elif layout == "h5":
-            for i, part in enumerate((slice(4), slice(4, None))):
-                write_h5(root / f"ply_data_{split}{i}.h5", xs[part], ys[part, None])
-            (root / "shape_names.txt").write_text("\n".join(names) + "\n")
+            write_h5(root / f"ply_data_{split}0.h5", xs[:4], ys[:4, None])
+            write_h5(root / f"ply_data_{split}1.h5", xs[4:], ys[4:, None])
+            (root / "shape_names.txt").write_text("\n".join(NAMES) + "\n")
         else:  # the other variants hold nothing but zeros
             split = {"train": "training"}.get(split, split)
-            plain, turned = "objectdataset.h5", "objectdataset_augmentedrot_scale75.h5"
-            write_h5(root / f"main_split/{split}_{plain}", xs * (layout == "bg"), ys)
-            write_h5(root / f"main_split_nobg/{split}_{plain}", xs * (layout == "obj"), ys)
-            write_h5(root / f"main_split/{split}_{turned}", xs * (layout == "t50"), ys)
+            for variant, path in {
+                "bg": f"main_split/{split}_objectdataset.h5",
+                "obj": f"main_split_nobg/{split}_objectdataset.h5",
+                "t50": f"main_split/{split}_objectdataset_augmentedrot_scale75.h5",
+            }.items():
+                write_h5(root / path, xs * (layout == variant), ys)
     return written
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["txt", "h5", "bg", "obj", "t50"])
 def test_every_layout_gives_its_classes_labels_and_clouds(tmp_path, layout):
     written = write_tree(tmp_path, layout)
     args = arguments(*of_layout(layout, tmp_path))
     data = pc.load_data(args)
     assert args.sizes == {"train": 10, "val": 2, "test": 6}
-    named = ["chair", "night_stand", "airplane"]
-    assert args.classes == (named if layout in ("txt", "h5") else [str(i) for i in range(15)])
+    assert args.classes == (NAMES if layout in ("txt", "h5") else [str(i) for i in range(15)])
     found = {"train": [*data["train"].tensors, *data["val"].tensors], "test": data["test"].tensors}
     for split, (xs, ys) in written.items():
         xs = torch.from_numpy(xs)
