@@ -182,7 +182,7 @@ class Scenes(Dataset):
 
     def __getitem__(self, item):
         seed, index = item
-        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
+        torch.default_generator.manual_seed(seed)  # the same for any number of workers
         scene = self.scenes[index]
         if self.mirror and torch.rand(()) < 0.5:
             scene = [x.conj() for x in scene]

@@ -212,7 +212,7 @@ class Clouds(TensorDataset):  # pairs (points or their file, class) -> x (P, 3),
         super().__init__(x, y)
 
     def __getitem__(self, item):
-        torch.default_generator.manual_seed(item[0])  # so workers and processes change nothing
+        torch.default_generator.manual_seed(item[0])  # the same for any number of workers
         x, y = super().__getitem__(item[1])
         if self.train:  # other points each time, stretched and shifted along each axis
             x = x[torch.randperm(len(x))]

@@ -323,7 +323,7 @@ class Captions(Dataset):
 
     def __getitem__(self, item):
         seed, index = item
-        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
+        torch.default_generator.manual_seed(seed)  # the same for any number of workers
         ranked = [index] + [self.draw_false(index) for _ in range(CAPTIONS - 1)]
         match = torch.randint(2, ()).item()
         itm_image = self.owner[index if match else self.draw_false(index)]

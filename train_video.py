@@ -97,8 +97,7 @@ class VideoViT(nn.Module):
         self.centre = centre  # whether a clip's mean colour is subtracted
         cube = (2, patch, patch)  # a token is made of so many frames and pixels
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(3, D, cube, cube)))
-        # Fixed positions: sine, cosine, ... (https://arxiv.org/abs/1706.03762, section 3.5).
-        N = T // 2 * (S // patch) ** 2
+        N = T // 2 * (S // patch) ** 2  # fixed sines (https://arxiv.org/abs/1706.03762, 3.5)
         angle = torch.arange(N)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)  # (N, D/2)
         positions = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
         self.register_buffer("positions", positions, persistent=False)
@@ -273,9 +272,9 @@ def load_data(args):
 
 
 def draw_toy(index, T, S):
-    """A disc that moves: frames uint8 (T, S, S, 3), its class, its pixels as masks (T, S, S).
+    """A disc that moves: frames uint8 (T, S, S, 3), where to, its pixels as masks (T, S, S).
 
-    The class is where it goes first and second. It starts anywhere: a single frame tells nothing.
+    The class is the direction. A single frame tells nothing: what leaves the picture returns.
     """
     rng = random.Random(index)
     colour = np.array(rng.choices(range(150, 256), k=3), np.uint8)
@@ -283,16 +282,16 @@ def draw_toy(index, T, S):
     disc = Image.new("1", (S, S))
     ImageDraw.Draw(disc).circle((S / 2, S / 2), rng.uniform(0.12, 0.17) * S, fill=1)
     disc = np.roll(disc, (rng.randrange(S), rng.randrange(S)), axis=(0, 1))
-    v = rng.randint(3, 5)  # pixels a frame
-    steps = {"right": (0, v), "left": (0, -v), "down": (v, 0), "up": (-v, 0)}
-    first, second = rng.sample(list(steps), 2)
+    hour = rng.randrange(12)
+    angle = math.radians(30 * hour)
+    speed = rng.uniform(0.4, 0.9) * S / T  # pixels a frame
     masks = []
     for t in range(T):
-        masks.append(disc)
-        step = steps[first] if t < T / 2 else steps[second]
-        disc = np.roll(disc, step, axis=(0, 1))  # what leaves at one side returns at the other
+        down = round(-t * speed * math.cos(angle))
+        right = round(t * speed * math.sin(angle))
+        masks.append(np.roll(disc, (down, right), axis=(0, 1)))
     masks = np.stack(masks)
-    return np.where(masks[..., None], colour, background), f"{first}, then {second}", masks
+    return np.where(masks[..., None], colour, background), f"{hour} o'clock", masks
 
 
 # ---------------------------------------------------------------- settings

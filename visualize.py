@@ -7,8 +7,8 @@
 
 Prints tables of the results in markdown. Into --out go a picture of every run and one that compares
 the arms. Where masks say which tokens are foreground (toy images know theirs), a table tells how
-well activations find it: the paper's information filtering, section 4. Flags that are not its own
-go to the script that wrote the checkpoint: --root, --llm, ... All is computed on the CPU.
+well activations find it: the paper's information filtering, section 4. All is done on the CPU.
+Other flags, as --root or --llm, go to the script that wrote the checkpoint.
 
 Letters: N tokens, D width, S side of an image in pixels, T frames, P points, G groups of points.
 """
@@ -90,16 +90,14 @@ def find_weights(attention, args, kwargs):
         bias = torch.cat([attention.q_bias, 0 * attention.q_bias, attention.v_bias])
     qkv = F.linear(args[0][0], attention.qkv.weight, bias)  # (N, 3 D)
     q, k, _ = qkv.unflatten(1, (3, attention.heads, -1)).permute(1, 2, 0, 3)  # (h, N, D/h) each
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(0)  # (N, N)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # (N, N)
     # the head of the video model reads the mean of all tokens, the others the first one
     return weights.mean(0) if hasattr(attention, "q_bias") else weights[0]
 
 
 def heat_maps(task, tokens, attention):
-    """{"stage measure": how hot each token is, from 0 to 1}, without the CLS token.
-
-    magnitude: how far the tokens are from their mean. frequency: the same of the phases of their
-    Fourier transforms over channels.
+    """{"stage measure": how hot each token is, from 0 to 1}, without the CLS token. magnitude: how
+    far it is from the mean token. frequency: the same of phases of the channels' Fourier transform.
     """
     first = 0 if task in ("video", "motion") else 1  # the others have a CLS token
     maps = {}
@@ -121,7 +119,7 @@ def stretch(x):
 # ---------------------------------------------------------------- how well they find foreground
 def score(heat, mask):
     """How well heat (N) finds the mask (N): average precision and best IoU, percent."""
-    # over foreground tokens, the mean share of foreground among all tokens at least as hot
+    # for each foreground token, the share of foreground among all tokens at least as hot
     shares = [mask[heat >= h].float().mean() for h in heat[mask]]
     ious = []  # intersection over union at nine thresholds
     for t in range(1, 10):
@@ -226,7 +224,7 @@ def gain(results, baselines, name):
     if n == 1:
         return f"{differences[0]:+.2f}"
     t = T95[min(n, 10) - 2]
-    interval = t * np.std(differences, ddof=1) / math.sqrt(n)
+    interval = t * np.std(differences, ddof=1) / n**0.5
     return f"{np.mean(differences):+.2f} ± {interval:.2f}"
 
 
@@ -267,7 +265,7 @@ def paint_clip(frames, heat=None):
 
 
 def paint_points(points, colours, centres, heat=None, size=112):
-    """Points (P, 3) in colours (P, 3) from 0 to 1, or as hot as the nearest group's centre (G, 3)."""
+    """Points (P, 3) in colours (P, 3) from 0 to 1, or as hot as the nearest of centres (G, 3)."""
     colours = (255 * colours).byte()
     if heat is not None:
         nearest = torch.cdist(points, centres).argmin(1)
@@ -275,7 +273,7 @@ def paint_points(points, colours, centres, heat=None, size=112):
     x, y, z = points.unbind(1)  # y leads away from us, z upwards
     places = torch.stack([x + 0.4 * y, -z - 0.4 * y], dim=1)  # right, down
     places = size * (0.5 + 0.45 * places / places.abs().max())  # pixels
-    radius = 24 / math.sqrt(len(points))
+    radius = 24 / len(points) ** 0.5
     image = Image.new("RGB", (size, size), "#444444")
     pen = ImageDraw.Draw(image)
     for i in y.argsort(descending=True).tolist():  # near ones hide far ones
