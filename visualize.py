@@ -59,9 +59,7 @@ def look(model, inputs):
 
 def find_stages(llm, x, mask=None):
     """The tokens (1, N, dim) of one sample on their way through the block: {stage: (N, D)}.
-
-    attention and ffn: what stands behind these two parts of the LLM's last layer.
-    """
+    attention and ffn: what stands behind these two parts of the LLM's last layer."""
     stages = {"host": x[0]}
     if llm.kind == "none":
         return stages
@@ -151,8 +149,7 @@ def measure_masks(script, args, model, root):
     pairs = masked_photos(script, size["S"], root) if root else masked_toys(script, size["S"])
     rows = {}
     for x, mask in pairs:
-        # a token is foreground where half of its patch is
-        mask = F.avg_pool2d(mask.float(), size["patch"]).flatten() >= 0.5  # (N)
+        mask = F.avg_pool2d(mask.float(), size["patch"]).flatten() >= 0.5  # (N): half of a patch
         if mask.all() or not mask.any():
             continue
         tokens, attention = look(model, [script.normalise(x[None])])
@@ -180,7 +177,9 @@ def read_results(path):
     """RESULT lines of a file, as they were printed."""
     with reading(path):
         lines = path.read_text().splitlines()
-        return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        results = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        group_results(results)  # fails where they are something else
+    return results
 
 
 def group_results(results):
@@ -266,6 +265,8 @@ def paint_clip(frames, heat=None):
 
 def paint_points(points, colours, centres, heat=None, size=112):
     """Points (P, 3) in colours (P, 3) from 0 to 1, or as hot as the nearest of centres (G, 3)."""
+    if not colours.any():  # the data has none: the higher, the brighter
+        colours = 0.4 + 0.6 * stretch(points[:, 2:]).expand(-1, 3)
     colours = (255 * colours).byte()
     if heat is not None:
         nearest = torch.cdist(points, centres).argmin(1)
@@ -306,8 +307,8 @@ def prepare(script, args, model, sample):
         return [script.normalise(x[:, 0])], partial(paint_clip, x[0, 0])
     if script.TASK == "pointcloud":
         x = x[:, : args.points]
-        heights = 0.4 + 0.6 * stretch(x[0, :, 2:]).expand(-1, 3)
-        return [x], partial(paint_points, x[0], heights, script.farthest_points(x, model.G)[0])
+        centres = script.farthest_points(x, model.G)[0]
+        return [x], partial(paint_points, x[0], torch.zeros_like(x[0]), centres)
     if script.TASK == "retrieval":  # an image and its own caption
         return [x, x, sample[2][:, :1]], partial(paint_image, x[0])
     if script.TASK == "motion":  # agents, lanes and forecasts
@@ -329,7 +330,7 @@ def draw_grid(rows):
     image = Image.new("RGB", (width * len(tiles), 56 + height * len(rows)), "white")
     pen = ImageDraw.Draw(image)
     for column, name in enumerate(tiles):
-        lines = name.replace(" ", "\n")
+        lines = "\n".join(word[:16] for word in name.split())
         pen.text((width * (column + 0.5), 52), lines, "black", FONT, "md", align="center")
     for row, (title, tiles) in enumerate(rows):
         y = 56 + row * height

@@ -57,11 +57,12 @@ def all_tables(results):
 
 HEAD = """# All results
 
-Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard deviation over the seeds of an
-arm; the difference to `none` is paired by seed, ± its 95 % interval (two seeds or more). proj-lr: the rate of the
-block's projections as a part of lr. Toys are drawn by the scripts; tiny_llm is the bundled Llama. smollm2-135m-instruct
-is SmolLM2-135M-Instruct, its layers de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStories with
-2.09 nats a token, 10.95 with random weights. A reader gets the LLM itself by `--llm HuggingFaceTB/SmolLM2-135M-Instruct`."""
+Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard
+deviation over the seeds of an arm; the difference to `none` is paired by seed, ± its 95 % interval
+(two seeds or more). proj-lr: the rate of the block's projections as a part of lr. Toys are drawn by
+the scripts; tiny_llm is the bundled Llama. smollm2-135m-instruct is SmolLM2-135M-Instruct, its
+layers de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStories with 2.09
+nats a token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` gets it."""
 
 
 def main():

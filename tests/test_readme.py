@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 import make_results  # noqa: E402
 import test_sizes  # noqa: E402
+
 from visualize import read_results  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
