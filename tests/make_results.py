@@ -27,15 +27,17 @@ def summary(results, real):
     lines[0] += " | paper |" if real else " |"
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for name, arms in group_results(results).items():
-        task, data, _ = name.split()
+        task, data = name.split()[:2]
         if data.startswith("toy") == real:
             continue
         first = next(iter(arms.values()))[0]
         cells = [f"{task}, {data}", next(iter(first["metrics"]))]
         for kind in ARMS:
-            runs = [r for arm, r in arms.items() if arm[0] == kind and arm[5] == 1.0]
+            runs = [r for arm, r in arms.items() if arm[0] == kind and arm[3] in ("", "1.0")]
             best = max(runs, key=len, default=[])
-            cells.append(spread([next(iter(r["metrics"].values())) for r in best]) if best else "")
+            cells.append(
+                spread([next(iter(r["metrics"].values())) for r in best]) if best else "not run"
+            )
         lines.append("| " + " | ".join(cells + [PAPER[task]] * real) + " |")
     return "\n".join(lines)
 
