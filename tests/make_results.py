@@ -39,6 +39,9 @@ def summary(results, real):
                 spread([next(iter(r["metrics"].values())) for r in best]) if best else "not run"
             )
         lines.append("| " + " | ".join(cells + [PAPER[task]] * real) + " |")
+    there = {name.split()[0] for name in group_results(results) if " toy" not in name}
+    for task in sorted(PAPER.keys() - there) if real else ():
+        lines.append(f"| {task} |" + " not run |" * (1 + len(ARMS)) + f" {PAPER[task]} |")
     return "\n".join(lines)
 
 
