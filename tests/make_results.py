@@ -41,7 +41,7 @@ def summary(results, real):
         lines.append("| " + " | ".join(cells + [PAPER[task]] * real) + " |")
     there = {name.split()[0] for name in group_results(results) if " toy" not in name}
     for task in sorted(PAPER.keys() - there) if real else ():
-        lines.append(f"| {task} |" + " not run |" * (1 + len(ARMS)) + f" {PAPER[task]} |")
+        lines.append(f"| {task} | |" + " not run |" * len(ARMS) + f" {PAPER[task]} |")
     return "\n".join(lines)
 
 
