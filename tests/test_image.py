@@ -173,6 +173,6 @@ def test_epochs_0_tests_what_is_there(tmp_path):
 def test_real_photos_with_a_real_llm(tmp_path):
     data = Path(os.environ["LLMBLOCK_DATA"])
     argv = ["--data", "folder", "--root", str(data / "images/cifar10"), "--limit", "320"]
-    argv += ["--llm", str(data / "lm/smollm2-135m-instruct"), "--epochs", "2", "--bf16"]
+    argv += ["--llm", str(data / "lm/smollm2-135m-instruct"), "--epochs", "2"]
     result = run(tmp_path, *argv)[0]
     assert result["params_frozen"] == 3_540_096 and result["metrics"]["top1"] > 15
