@@ -323,7 +323,7 @@ class Captions(Dataset):
 
     def __getitem__(self, item):
         seed, index = item
-        torch.default_generator.manual_seed(seed)  # the same for any number of workers
+        torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
         ranked = [index] + [self.draw_false(index) for _ in range(CAPTIONS - 1)]
         match = torch.randint(2, ()).item()
         itm_image = self.owner[index if match else self.draw_false(index)]
@@ -338,7 +338,8 @@ def read_karpathy(root, split):
     rows = []
     with reading(files[0]):
         for image in json.loads(files[0].read_text("utf-8"))["images"]:
-            if image["split"].replace("restval", "train") == split:  # COCO has restval, too
+            # COCO has more of train as restval; an image without captions cannot be asked for.
+            if image["split"].replace("restval", "train") == split and image["sentences"]:
                 file = root / "images" / image.get("filepath", "") / image["filename"]
                 if not file.exists():
                     raise FileNotFoundError(file)
@@ -369,10 +370,10 @@ def load_data(args):
 
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "magenta")
-SHAPES = {"square": (4, 4), "pole": (1, 5), "plate": (5, 1), "dot": (1, 1)}  # half width and height
-SCENES = list(product(combinations(SHAPES, 2), combinations(COLOURS, 2)))  # 90
+SHAPES = {"square": (5, 5), "pole": (2, 5), "plate": (5, 2), "dot": (2, 2)}  # half width and height
+SCENES = list(product(combinations(SHAPES, 2), combinations(COLOURS, 2)))  # 90 of them
 random.Random(0).shuffle(SCENES)
-TOY = {"train": range(720), "val": range(720, 760), "test": range(760, 820)}  # images
+TOY = {"train": range(400), "val": range(400, 440), "test": range(440, 480)}  # images
 
 
 def draw_toy(index):
@@ -384,7 +385,7 @@ def draw_toy(index):
     shapes, colours = SCENES[index // 2 % 90]
     if index % 2:
         colours = colours[::-1]
-    image = Image.new("RGB", (36, 36))
+    image = Image.new("RGB", (36, 36), "dimgrey")
     for cell, shape, colour in zip(rng.sample(range(9), 2), shapes, colours, strict=True):
         x = 12 * (cell % 3) + rng.randint(5, 6)
         y = 12 * (cell // 3) + rng.randint(5, 6)
@@ -405,7 +406,7 @@ def parse_args(argv=None):
     p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP as image encoder")
     p.add_argument("--text", metavar="NAME", help="a pre-trained RoBERTa as text encoder")
     p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 10")
-    p.add_argument("--batch-size", type=int, default=32, help="captions; paper: 512")
+    p.add_argument("--batch-size", type=int, default=16, help="captions; paper: 512")
     p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision, of CLIP: 5e-6")
     p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")

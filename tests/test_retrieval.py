@@ -39,9 +39,13 @@ def write_data(root, numbers=(6, 3, 4), folder="", splits=("train", "val", "test
     return root
 
 
-def arguments(root, *argv):
+def flags(root, *argv):
     argv = [*SMALL, "--data", "karpathy", "--root", root, "--out", root / "runs", *argv]
-    return tr.parse_args([str(word) for word in argv])
+    return [str(word) for word in argv]
+
+
+def arguments(root, *argv):
+    return tr.parse_args(flags(root, *argv))
 
 
 def large_weights(model):
@@ -50,9 +54,6 @@ def large_weights(model):
         if p.ndim > 1:
             nn.init.normal_(p, std=0.15)
     return model.eval()
-
-
-# Recall
 
 
 def test_recalls_of_known_cases():
@@ -82,9 +83,6 @@ def test_recalls_equal_sorting():
         hits = (owner[captions] == torch.arange(30)[:, None]).any(dim=1).float()
         assert found[f"tr{k}"] == pytest.approx(100 * hits.mean().item(), abs=1e-3)
     assert 0 < found["ir1"] < found["ir5"] < found["ir10"]
-
-
-# The model
 
 
 def test_every_pair_is_scored_as_alone_and_processes_share_the_images(tmp_path, monkeypatch):
@@ -117,13 +115,7 @@ def test_block_works_on_the_visual_tokens_after_the_fusion(tmp_path):
     image, text, mask = torch.randn(2, 10, 64), torch.randn(2, 5, 64), torch.ones(2, 5).bool()
     before = model.fuse(image, text, mask)
     got = []
-
-    class Llm(nn.Module):
-        def forward(self, x, mask=None):
-            got.append(x)
-            return -x
-
-    model.llm = Llm()
+    model.llm.forward = lambda x: got.append(x) or -x
     after = model.fuse(image, text, mask)
     assert torch.equal(got[0], model.fusion(image, text, mask)[0])
     assert not torch.allclose(before[:, :64], after[:, :64])
@@ -154,9 +146,6 @@ def test_loss_is_the_plain_sum_and_itm_head_is_frozen(tmp_path):
     assert still == ["itm_score.weight", "itm_score.bias"]
 
 
-# Samples and files
-
-
 def test_samples(tmp_path):
     train = tr.load_data(arguments(write_data(tmp_path)))["train"]
     assert train.owner.tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5] and len(train) == 12
@@ -179,6 +168,10 @@ def test_samples(tmp_path):
 def test_coco_has_folders_and_restval(tmp_path):
     splits = ("train", "restval", "val", "test")
     root = write_data(tmp_path, (3, 2, 2, 3), "val2014", splits)
+    file = root / "dataset_x.json"
+    images = json.loads(file.read_text())["images"]
+    bare = {"filename": "no.png", "split": "test", "sentences": []}  # is left out
+    file.write_text(json.dumps({"images": [bare, *images]}))
     args = arguments(root)
     data = tr.load_data(args)
     assert args.sizes == {"train": 5, "val": 2, "test": 3}
@@ -190,8 +183,7 @@ def test_coco_has_folders_and_restval(tmp_path):
 
 def test_eval_needs_the_test_images_alone(tmp_path):
     root = write_data(tmp_path)
-    result = tr.main(list(map(str, [*SMALL, "--data", "karpathy", "--root", root, "--block", "none",
-                                    "--out", root / "runs"])))[0]  # fmt: skip
+    result = tr.main(flags(root, "--block", "none"))[0]
     for file in [*root.glob("images/train*"), *root.glob("images/val*")]:
         file.unlink()
     ckpt = root / "runs/retrieval-karpathy-micro/none-s0/best.pt"
@@ -213,8 +205,7 @@ MISTAKES = [
 def test_mistakes_are_one_line_that_names_the_file(tmp_path, change, text):
     change(write_data(tmp_path))
     with pytest.raises(UserError) as e:
-        tr.main(list(map(str, [*SMALL, "--data", "karpathy", "--root", tmp_path, "--block", "none",
-                               "--out", tmp_path / "runs"])))  # fmt: skip
+        tr.main(flags(tmp_path, "--block", "none"))
     assert text in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "runs").exists()
 
@@ -222,7 +213,7 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path, change, text):
 def test_toy_has_no_scene_twice_and_every_scene_has_a_twin():
     scenes = [tr.draw_toy(i) for i in tr.TOY["test"]]
     texts = [captions[0] for _, captions in scenes]
-    assert len(set(texts)) == len(texts) == 60
+    assert len(set(texts)) == len(texts) == 40
     for image, (caption, reverse) in scenes:
         first, second = caption.split(" and ")
         assert reverse == f"{second} and {first}"
@@ -230,10 +221,8 @@ def test_toy_has_no_scene_twice_and_every_scene_has_a_twin():
         assert f"{c} {b} and {a} {d}" in texts  # the twin
         x = tr.to_pixels(image, 36)
         patches = F.unfold(x[None].float(), 12, stride=12)[0]  # (3 * 144, 9)
-        assert (patches.amax(dim=0) > 0).sum() == 2  # either object in a patch of its own
-
-
-# Pre-trained encoders and real data
+        drawn = patches.amax(dim=0) != patches.amin(dim=0)
+        assert drawn.sum() == 2  # either object in a patch of its own
 
 
 def test_pretrained_encoders_have_a_rate_of_their_own(tmp_path):
