@@ -361,7 +361,6 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.set_defaults(classes=None, sizes=None)  # load_data fills them in
     p.error = fail
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
@@ -379,8 +378,10 @@ def train(args, kind, seed, data):
     model = build_model(args, kind, seed).to(args.device)
     optimizer = torch.optim.AdamW(param_groups(args, model), fused=True)
     state = resume(args, Path(args.eval or out / "last.pt"), kind, seed, model, optimizer)
-    if args.eval or state["result"]:  # nothing to train
-        return test(args, model, state, data) if args.eval else state["result"]
+    if args.eval or args.epochs == 0:  # a checkpoint, or what --init loaded, is tested
+        return test(args, model, seed, state["history"], data)
+    if state["result"]:  # it was finished before
+        return state["result"]
     ddp = DistributedDataParallel(model) if WORLD > 1 else model
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -412,10 +413,9 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    if args.epochs > 0:  # 0: what --init loaded is tested
-        model.load_state_dict(read(out / "best.pt", TASK)["model"])
-    state["result"] = test(args, model, state, data)
-    if args.epochs > 0 and RANK == 0:
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    state["result"] = test(args, model, seed, state["history"], data)
+    if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -431,8 +431,10 @@ def resume(args, path, kind, seed, model, optimizer):
             saved = state["settings"].get(key)
             if saved != settings[key]:
                 raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        with reading(path):  # other shapes
+            model.load_state_dict(state["model"])
+        if not args.eval:
+            optimizer.load_state_dict(state["optimizer"])
     return state
 
 
@@ -448,23 +450,22 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state, out / "best.pt")
+            save(state | {"optimizer": None}, out / "best.pt")
         save(state, out / "last.pt")
     if WORLD > 1:
         dist.barrier()  # until they are written
 
 
-def test(args, model, state, data):
+def test(args, model, seed, history, data):
     """Score the test set, once. Returns what the RESULT line says."""
     metrics = args.autocast(evaluate)(args, model, data["test"])
     weights = [p for layer in model.llm.layers for p in layer.parameters()]
-    history = state["history"]
     return {
         "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.kind,
         "llm": Path(args.llm).name, "layers": model.llm.record.get("layers"),
-        "seed": state["settings"]["seeds"][0], "epochs": args.epochs, "lr": args.lr,
-        "proj_lr": args.proj_lr, "metrics": {k: round(v, 3) for k, v in metrics.items()},
-        "params_trainable": sum(p.numel() for p in model.parameters()),
+        "seed": seed, "epochs": args.epochs, "lr": args.lr, "proj_lr": args.proj_lr,
+        "metrics": {k: round(v, 3) for k, v in metrics.items()},
+        "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params_frozen": sum(p.numel() for p in weights if not p.requires_grad),
         "samples_per_s": round(history[-1]["samples_per_s"], 1) if history else None,
         "seconds": round(sum(r["seconds"] for r in history), 1), "date": time.strftime("%Y-%m-%d"),
@@ -476,8 +477,7 @@ def main(argv=None):
     args = parse_args(argv)
     if WORLD > 1:
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     data = load_data(args)
     if min(args.sizes.values()) < WORLD:
@@ -491,8 +491,8 @@ def main(argv=None):
     for kind in args.block:  # a small table
         for name in results[0]["metrics"]:
             values = [r["metrics"][name] for r in results if r["kind"] == kind]
-            sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            print(f"{kind:12}{name:16}{np.mean(values):8.2f} ± {sd:.2f}")
+            sd = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            print(f"{kind:12}{name:16}{np.mean(values):8.2f}{sd}")
     return results
 
 
