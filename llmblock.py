@@ -60,14 +60,14 @@ class LLMBlock(nn.Module):
         self.layers = []
         self.record = {"kind": kind}  # what tells this block from another
         if kind == "none":
-            return
+            return  # the plain host
         config, root, repo = find_llm(llm)
         D = config.hidden_size
         n = config.num_hidden_layers
         layers = [layers] if isinstance(layers, int) else layers
         if not all(-n <= i < n for i in layers):
             raise UserError(f"layers {layers}: {llm} has {n}, 0 to {n - 1} or -{n} to -1")
-        layers = [i % n for i in layers]
+        layers = [i % n for i in layers]  # -1 is the last one, n - 1
         self.record |= {"llm": str(llm), "layers": layers}
         # The host's random numbers stay as they were, and every kind gets the same projections.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -99,11 +99,11 @@ class LLMBlock(nn.Module):
                 raise ValueError("a layer has positions or a mask built in")
             for module in layer.modules():
                 if hasattr(module, "is_causal"):
-                    module.is_causal = False
+                    module.is_causal = False  # every token may look at every other
             if self.kind in ("random", "trained"):
-                layer.to_empty(device="cpu").apply(llm._init_weights)
+                layer.to_empty(device="cpu").apply(llm._init_weights)  # as before pre-training
             else:
-                names = list(layer.state_dict())
+                names = list(layer.state_dict())  # self_attn.q_proj.weight and so on
                 layer.load_state_dict(read_layer(root, repo, f"{path}.{i}", names), assign=True)
             if self.kind == "shuffled":  # every tensor keeps its values and loses their order
                 for p in layer.parameters():
@@ -135,7 +135,7 @@ class LLMBlock(nn.Module):
             return x
         h = self.proj_in(x)  # (B, N, D)
         if self.kind == "mlp":
-            h = self.norm(F.gelu(h))
+            h = self.norm(F.gelu(h))  # stands in for the LLM
         elif self.kind != "linear":
             h = self.run_layers(h, mask)
             # NOTE(paper): the released code has this norm (gain fixed at 1), the text does not.
@@ -145,7 +145,7 @@ class LLMBlock(nn.Module):
     def run_layers(self, h, mask=None):
         """The LLM's own layers without causal mask and positions: (B, N, D) -> (B, N, D)."""
         B, N, D = h.shape
-        h = h.to(next(self.layers[0].parameters()).dtype)
+        h = h.to(next(self.layers[0].parameters()).dtype)  # bf16, if the layers are
         if mask is not None:
             # Numbers, not bool: eager attention adds its mask, and would add True as 1.
             mask = torch.zeros_like(mask, dtype=h.dtype).masked_fill(~mask, MASKED)
@@ -173,7 +173,7 @@ class LLMBlock(nn.Module):
         mask = torch.tensor([[True] * 5 + [False] * 2])
         expected = self.run_layers(x)[:, order].float()
         output = self.run_layers(padded, mask)[:, :5].float()
-        error = (output - expected).abs().max() / expected.abs().max()
+        error = (output - expected).abs().max() / expected.abs().max()  # relative
         if not error < 0.05:  # bf16 has 8 bits; and NaN is not less than anything
             raise ValueError("a layer depends on the order of its tokens, or is not finite")
 
@@ -182,7 +182,7 @@ def hash_weights(layers):
     """Hash of all weights, rounded to bf16 so that an fp32 and a bf16 copy of a layer agree."""
     digest = hashlib.sha256()
     for layer in layers:
-        for name, t in sorted(layer.state_dict().items()):
+        for name, t in sorted(layer.state_dict().items()):  # in an order that never changes
             bits = t.bfloat16().contiguous().view(torch.int16)
             digest.update(name.encode())
             digest.update(bits.numpy().data)
@@ -252,11 +252,11 @@ def fetch_layer(repo, root, prefix, names):
     part = path.with_suffix(".part")
     with FileLock(f"{path}.lock"):  # torchrun starts several processes at once
         if path.exists():
-            return
+            return  # another process was faster
         data = fetch_ranges(repo, root.name, prefix, names)
         if data:
             part.write_bytes(data)
-            os.replace(part, path)
+            os.replace(part, path)  # so that a half-written file is never found there
         else:
             print(f"{repo}: no safetensors, or no byte ranges of them: fetching the whole model")
             weights = ["*.safetensors*", "*.bin*"]
@@ -277,7 +277,7 @@ def fetch_ranges(repo, commit, prefix, names):
         shards = sorted({files[key] for key in match(files, prefix, names).values()})
     header = {}
     pieces = []
-    size = 0
+    size = 0  # of the pieces in bytes
     for shard in shards:
         url = hf_hub_url(repo, shard, revision=commit)
         begin = find_data(url)

@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(D, 3 * D)
+        self.qkv = nn.Linear(D, 3 * D)  # queries, keys and values at once
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
@@ -85,8 +85,8 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))  # (B, N, D)
+        x = x + self.drop_path(self.attn(self.norm1(x)))  # tokens look at each other
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # each for itself (B, N, D)
 
 
 class ViT(nn.Module):
@@ -95,7 +95,7 @@ class ViT(nn.Module):
     def __init__(self, D, depth, heads, patch, S, K, drop_path, llm):
         super().__init__()
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, D, patch, patch)))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))  # collects what the head wants to know
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (S // patch) ** 2, D))
         rates = torch.linspace(0, drop_path, depth).tolist()  # the deeper, the more
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
@@ -125,6 +125,7 @@ def compute_loss(args, model, batch):
     y = batch[1].to(args.device)  # (B)
     if args.recipe != "deit":
         return F.cross_entropy(model(x), y)
+    # DeiT's: noise over a part of some images, then two images blended or cut into each other
     erase = v2.RandomErasing(0.25, value="random")
     x = torch.stack([erase(image) for image in x])
     K = len(args.classes)
@@ -235,9 +236,8 @@ def load_data(args):
     if unknown:
         raise UserError(f"{args.root}: class {unknown[0]} is not one of the model's")
     present = [args.classes.index(name) for name in names]
-    step = max(
-        1, len(test) // (args.limit or len(test))
-    )  # spread over the classes, which come sorted
+    # A part of the test set is spread over the classes, which come sorted.
+    step = max(1, len(test) // args.limit) if args.limit else 1
     test = [(image, present[label]) for image, label in test[::step][: args.limit]]
     test_transform = make_transform(S, args.recipe, train=False)
     data = {"test": Images(test, present, test_transform)}
@@ -305,7 +305,7 @@ def parse_args(argv=None):
 
 
 def build_model(args, kind, seed):
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the host starts alike in every arm
     config = MODELS[args.model] | {"K": len(args.classes)}
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     llm = LLMBlock(args.llm, config["D"], args.layers, kind, seed, dtype)
@@ -361,7 +361,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -382,14 +382,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -413,7 +413,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -450,8 +450,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -479,7 +479,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)

@@ -9,11 +9,11 @@ The paper's run (Table 2; ScanObjectNN T50 83.1 -> 83.8; 6 to 10 hours on 4 A100
         --points 1024 --model small --init Point-BERT.pth --llm huggyllama/llama-7b --bf16 \\
         --block none random pretrained --epochs 300 --warmup 10 --lr 5e-4
 
-A tenth of train selects the epoch (T50's shares objects with the rest); test is used once.
-Differs from the paper: *all* runs of its code train norms, biases and CLS at a tenth of the rate,
-the projections at half of it without decay, here all train alike (see --proj-lr); it selects on
-the test set, thins the clouds out anew in each epoch and clips gradients at norm 10, not 1.
-Letters: B batch, P points, G groups of M = 32 points, N tokens, D and W widths, K classes.
+A tenth of train selects the epoch (in T50, the hardest variant, it shares objects with the rest).
+Differs from the paper: its code, also without the block, trains norms, biases and CLS at a tenth
+of the rate, the projections at half of it without decay; here all train alike (see --proj-lr). It
+selects on the test set, thins the clouds anew in each epoch, clips gradients at norm 10, not 1.
+Letters: B batch, P points, G groups of M = 32 points, N tokens, D, W widths, h heads, K classes.
 """
 
 import argparse
@@ -39,49 +39,48 @@ from tqdm import tqdm
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
 TASK, BEST = "pointcloud", max  # the best epoch has the largest first metric on validation data
-# small is Point-BERT (https://arxiv.org/abs/2111.14819); micro is ours, for a laptop.
-MODELS = {
+MODELS = {  # small is Point-BERT (https://arxiv.org/abs/2111.14819); micro is ours, for a laptop
     "micro": {"D": 64, "depth": 3, "heads": 4, "W": 32, "drop_path": 0.0, "dropout": 0.0},
     "small": {"D": 384, "depth": 12, "heads": 6, "W": 256, "drop_path": 0.1, "dropout": 0.5},
 }
-FILES = {  # of the data; {} is train or test
-    "txt": "*_{}.txt",  # as modelnet40_normal_resampled
-    "h5": "ply_data_{}*.h5",  # as modelnet40_ply_hdf5_2048
-    "bg": "main_split/{}*_objectdataset.h5",  # ScanObjectNN's variants
-    "obj": "main_split_nobg/{}*_objectdataset.h5",
-    "t50": "main_split/{}*_objectdataset_augmentedrot_scale75.h5",
+FILES = {  # where the data is, below --root; {} stands for train or test
+    "txt": "*_{}.txt",  # names of clouds, as in modelnet40_normal_resampled
+    "h5": "ply_data_{}*.h5",  # as in modelnet40_ply_hdf5_2048
+    "bg": "main_split/{}*_objectdataset.h5",  # ScanObjectNN: objects with background,
+    "obj": "main_split_nobg/{}*_objectdataset.h5",  # without it,
+    "t50": "main_split/{}*_objectdataset_augmentedrot_scale75.h5",  # and several perturbed copies
 }
-SURFACES = ["sphere", "tube", "hourglass", "ring", "bowl", "saddle", "wave", "screw"]  # the toy's
+SURFACES = ["sphere", "tube", "hourglass", "ring", "bowl", "saddle", "wave", "screw"]  # of the toy
 
 
 # ---------------------------------------------------------------- the model
 def farthest_points(x, n):
     """(B, P, 3) -> (B, n, 3): the first point, then always the farthest from all before it."""
-    clouds = torch.arange(len(x), device=x.device)
-    nearest = torch.full(x.shape[:2], torch.inf, device=x.device)  # (B, P)
-    picked = [x[:, 0]]  # (B, 3)
+    rows = torch.arange(len(x), device=x.device)  # (B)
+    gaps = torch.full(x.shape[:2], torch.inf, device=x.device)  # to the nearest picked one (B, P)
+    picked = [x[:, 0]]  # (B, 3) each
     while len(picked) < n:
-        distance = (x - picked[-1][:, None]).square().sum(2)  # from the last one picked (B, P)
-        nearest = torch.minimum(nearest, distance)  # from the nearest one picked
-        picked.append(x[clouds, nearest.argmax(1)])
+        distances = (x - picked[-1][:, None]).square().sum(2)  # to the last picked one (B, P)
+        gaps = torch.minimum(gaps, distances)
+        picked.append(x[rows, gaps.argmax(1)])
     return torch.stack(picked, dim=1)
 
 
 @torch.compiler.disable  # it would unroll the loop of farthest_points
 def group_points(x, G, M=32):
-    """G centres (B, G, 3) and the M points nearest to each, seen from there (B, G, M, 3)."""
+    """G centres (B, G, 3), and the M points nearest to each, relative to it (B, G, M, 3)."""
     centres = farthest_points(x, G)
-    # The faster way to compute distances loses the digits of small ones.
-    distance = torch.cdist(centres, x, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, P)
-    nearest = distance.topk(M, largest=False).indices  # (B, G, M)
-    clouds = torch.arange(len(x), device=x.device)[:, None, None]
-    return centres, x[clouds, nearest] - centres[:, :, None]
+    # Matrix products (mm) would be faster, but inexact where the distance is small.
+    distances = torch.cdist(centres, x, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, P)
+    nearest = distances.topk(M, largest=False).indices  # (B, G, M)
+    rows = torch.arange(len(x), device=x.device)[:, None, None]  # (B, 1, 1)
+    return centres, x[rows, nearest] - centres[:, :, None]
 
 
-class MiniPointNet(nn.Module):  # a token for each group of points, whatever their order
+class MiniPointNet(nn.Module):  # a token of width W for each group of points
     def __init__(self, W):
-        super().__init__()  # 1x1 convolutions: linear layers on each point
-        self.first_conv = nn.Sequential(
+        super().__init__()
+        self.first_conv = nn.Sequential(  # convolutions of width 1: linear layers on each point
             nn.Conv1d(3, W // 2, 1), nn.BatchNorm1d(W // 2), nn.ReLU(), nn.Conv1d(W // 2, W, 1)
         )
         self.second_conv = nn.Sequential(
@@ -89,8 +88,9 @@ class MiniPointNet(nn.Module):  # a token for each group of points, whatever the
         )
 
     def forward(self, groups):  # (B, G, M, 3)
-        x = self.first_conv(groups.flatten(0, 1).transpose(1, 2))  # (BG, W, M)
-        whole = x.amax(2, keepdim=True).expand_as(x)  # tells each point of its group
+        x = groups.flatten(0, 1).transpose(1, 2)  # (BG, 3, M)
+        x = self.first_conv(x)  # (BG, W, M)
+        whole = x.amax(2, keepdim=True).expand_as(x)  # the group's maximum, beside each point
         x = self.second_conv(torch.cat([whole, x], dim=1)).amax(2)  # (BG, W)
         return x.unflatten(0, groups.shape[:2])  # (B, G, W)
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)  # as published
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
@@ -116,7 +116,7 @@ class Block(nn.Module):  # a pre-norm transformer layer
         self.attn = Attention(D, heads)
         self.norm2 = nn.LayerNorm(D)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, 4 * D), "fc2": nn.Linear(4 * D, D)})
-        self.drop_path = StochasticDepth(drop_path, mode="row")  # skips the halves of some samples
+        self.drop_path = StochasticDepth(drop_path, mode="row")  # samples may skip attention or MLP
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -133,7 +133,7 @@ class PointBERT(nn.Module):  # parts are named as in the published weights
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.cls_pos = nn.Parameter(torch.randn(1, 1, D))
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, D))
-        rates = torch.linspace(0, drop_path, depth).tolist()  # the deeper, the more
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deep layers are skipped most
         self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(Block(D, heads, r) for r in rates)})
         self.llm = llm
         self.norm = nn.LayerNorm(D)
@@ -141,7 +141,7 @@ class PointBERT(nn.Module):  # parts are named as in the published weights
         self.cls_head_finetune = nn.Sequential(*head)
 
     def forward(self, x):
-        # points -> tokens; in fp32 also with --bf16, in which places would lose 0.4 %
+        # From points to tokens in fp32, also with --bf16: that would shift the centres by 0.4 %.
         with torch.autocast(x.device.type, enabled=False):
             centres, groups = group_points(x, self.G)  # (B, G, 3), (B, G, M, 3)
             x = self.reduce_dim(self.encoder(groups))  # (B, G, D)
@@ -149,10 +149,10 @@ class PointBERT(nn.Module):  # parts are named as in the published weights
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         pos = torch.cat([self.cls_pos.expand(len(x), -1, -1), pos], dim=1)
         for block in self.blocks["blocks"]:  # the host's own encoder
-            x = block(x + pos)  # positions are added again before every block
+            x = block(x + pos)  # positions are added again before every layer
         x = self.llm(x)  # the frozen LLM block: this line is the paper
         x = self.norm(x)
-        x = torch.cat([x[:, 0], x[:, 1:].amax(1)], dim=1)  # CLS, maximum of the groups (B, 2D)
+        x = torch.cat([x[:, 0], x[:, 1:].amax(1)], dim=1)  # CLS and the groups' maximum (B, 2D)
         return self.cls_head_finetune(x)  # (B, K)
 
 
@@ -191,27 +191,28 @@ class Clouds(TensorDataset):  # pairs (points or their file, class) -> x (P, 3),
     def __init__(self, args, pairs, train):
         self.P = args.points
         self.train = train
-        np.random.default_rng(0).shuffle(pairs)  # they come class by class
+        np.random.default_rng(0).shuffle(pairs)  # they come class by class, --limit takes the first
         pairs = pairs[: args.limit]
         clouds = []
-        for source, _ in tqdm(pairs, "reading", disable=RANK > 0 or None):
-            if isinstance(source, Path):
-                with reading(source):  # lines x,y,z,...
-                    source = np.loadtxt(source, delimiter=",", usecols=(0, 1, 2))
-            clouds.append(source)
+        for points, _ in tqdm(pairs, "reading", disable=RANK > 0 or None):
+            if isinstance(points, Path):
+                with reading(points):  # its lines are x,y,z,...
+                    points = np.loadtxt(points, delimiter=",", usecols=(0, 1, 2))
+            clouds.append(points)
         x = torch.from_numpy(np.stack(clouds)).float()  # (clouds, all points, 3)
-        y = torch.tensor([label for _, label in pairs])
-        if x.shape[1] < args.points or y.max() >= len(args.classes) or not x.isfinite().all():
-            raise ValueError(f"{x.shape[1]} points in a cloud, or NaN, or a class without a name")
-        if args.data != "scanobjectnn":  # which the paper takes as it is
-            x = x - x.mean(1, keepdim=True)  # into the unit sphere
+        labels = [label for _, label in pairs]
+        if args.data != "scanobjectnn":  # into the unit sphere, as the paper; ScanObjectNN stays
+            x = x - x.mean(1, keepdim=True)
             x = x / x.norm(dim=2).amax(1)[:, None, None]
-        n = args.points * 1200 // 1024  # so many are left to draw from, as in the paper
+        named = set(labels) <= set(range(len(args.classes)))
+        if x.shape[1] < args.points or x.shape[2] < 3 or not named or not x.isfinite().all():
+            raise ValueError(f"{x.shape[1]} points in a cloud, no z, NaN or a class without a name")
+        n = args.points * 1200 // 1024  # as the paper: training draws 1024 points out of 1200
         if x.shape[1] > n:
             x = torch.cat([farthest_points(part.to(args.device), n).cpu() for part in x.split(64)])
-        super().__init__(x, y)
+        super().__init__(x, torch.tensor(labels).long())
 
-    def __getitem__(self, item):
+    def __getitem__(self, item):  # (random seed, index)
         torch.default_generator.manual_seed(item[0])  # the same for any number of workers
         x, y = super().__getitem__(item[1])
         if self.train:  # other points each time, stretched and shifted along each axis
@@ -226,15 +227,15 @@ def read_pairs(args, split):
         indices = range(3_000) if split == "train" else range(3_000, 4_000)
         return [draw_toy(i, args.points) for i in indices], SURFACES
     root = Path(args.root)
-    pattern = FILES[args.variant if args.data == "scanobjectnn" else args.data].format(split)
+    pattern = FILES.get(args.data, FILES[args.variant]).format(split)
     files = sorted(root.glob(pattern))
     if not files:
         raise FileNotFoundError(f"it has no {pattern}")
-    names = sorted(root.glob("*shape_names.txt"))  # ScanObjectNN has none
+    names = sorted(root.glob("*shape_names.txt"))  # ScanObjectNN has none, for 15 classes
     classes = names[-1].read_text().split() if names else [str(i) for i in range(15)]
     pairs = []
-    if args.data == "txt":  # its last list is modelnet40's, there is one of modelnet10, too
-        for name in files[-1].read_text().split():
+    if args.data == "txt":
+        for name in files[-1].read_text().split():  # modelnet40's list stands behind modelnet10's
             label = name.rpartition("_")[0]  # night_stand_0001 is a night_stand
             pairs.append((root / label / f"{name}.txt", classes.index(label)))
         return pairs, classes
@@ -249,32 +250,31 @@ def read_pairs(args, split):
 
 def load_data(args):
     """{"train", "val", "test": Clouds}, for --eval the test set alone."""
+    pairs = {}
     with reading(args.root):
-        test, args.classes = read_pairs(args, "test")
-        train = [] if args.eval else read_pairs(args, "train")[0]
-        val = train[::10]  # held out, to select the best epoch
-        del train[::10]
-        splits = {"train": train, "val": val, "test": test}
-        data = {k: Clouds(args, pairs, k == "train") for k, pairs in splits.items() if pairs}
-    args.sizes = {name: len(clouds) for name, clouds in data.items()}
+        pairs["test"], args.classes = read_pairs(args, "test")
+        if not args.eval:
+            pairs["train"], _ = read_pairs(args, "train")
+            pairs["val"] = pairs["train"][::10]  # held out, to select the best epoch
+            del pairs["train"][::10]
+        data = {split: Clouds(args, pairs[split], split == "train") for split in pairs}
+    args.sizes = {split: len(clouds) for split, clouds in data.items()}
     return data
 
 
 def draw_toy(index, P):
     """Noisy points (P, 3) on one of eight surfaces after a random linear map, and the class."""
     rng = np.random.default_rng(index)
-    u, v = rng.uniform(-3, 3, (2, P))  # where on the surface
-    cos = np.cos(u)
-    sin = np.sin(u)
+    u, v = rng.uniform(-3, 3, (2, P))  # where on the surface each point is, (P) both
     surfaces = {
-        "sphere": (np.sin(v) * cos, np.sin(v) * sin, np.cos(v)),
-        "tube": (cos, sin, v / 3),
-        "hourglass": (v * cos, v * sin, v),
-        "ring": ((2 + np.cos(v)) * cos, (2 + np.cos(v)) * sin, np.sin(v)),
-        "bowl": (v * cos, v * sin, v * v / 2),
+        "sphere": (np.sin(v) * np.cos(u), np.sin(v) * np.sin(u), np.cos(v)),
+        "tube": (np.cos(u), np.sin(u), v / 3),
+        "hourglass": (v * np.cos(u), v * np.sin(u), v),
+        "ring": ((2 + np.cos(v)) * np.cos(u), (2 + np.cos(v)) * np.sin(u), np.sin(v)),
+        "bowl": (v * np.cos(u), v * np.sin(u), v * v / 2),
         "saddle": (u, v, u * v / 2),
         "wave": (u, v, 2 * np.sin(u)),
-        "screw": (v * cos, v * sin, u),
+        "screw": (v * np.cos(u), v * np.sin(u), u),
     }
     label = int(rng.integers(8))
     x = np.stack(surfaces[SURFACES[label]], axis=1) @ (np.eye(3) + rng.normal(0, 0.5, (3, 3)))
@@ -313,11 +313,11 @@ def build_model(args, kind, seed):
 
 def load_init(model, path):
     """Fill the host from Point-BERT.pth or a fine-tuned file; its head, too, if that fits."""
-    scalar = np.float64(0).__reduce__()[0]  # the files also hold accuracies as NumPy numbers
-    numpy = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]
+    scalar = np.float64(0).__reduce__()[0]  # makes NumPy numbers: the files hold accuracies, too
+    safe = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]
     own = model.state_dict()
     fitting = {}
-    with torch.serialization.safe_globals(numpy), reading(path):
+    with torch.serialization.safe_globals(safe), reading(path):
         for name, w in read(path)["base_model"].items():
             name = name.removeprefix("module.").removeprefix("transformer_q.")
             if name in own and w.shape == own[name].shape:
@@ -361,7 +361,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -382,14 +382,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -413,7 +413,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -450,8 +450,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -479,7 +479,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)

@@ -3,7 +3,7 @@ r"""Action recognition: a VideoMAE-style ViT with one frozen LLM block after its
     python train_video.py --block none random pretrained     # three arms on toy clips, offline
     python train_video.py --data folder --root DIR           # DIR/train/CLASS/, DIR/val/CLASS/
     python train_video.py --data ssv2 --root DIR             # DIR/labels/, Something-Something v2
-A clip is a video file (pip install av) or a folder of frames, which are sorted by name.
+
 The paper's run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not run here):
 
     torchrun --nproc-per-node=4 train_video.py --data ssv2 --root DIR --model small \
@@ -11,9 +11,10 @@ The paper's run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not r
         --block none random pretrained --recipe videomae --epochs 40 --warmup 5 --batch-size 24 \
         --lr 9.4e-5 --layer-decay 0.7 --weight-decay 0.05 --views 2x3 --bf16
 
+A clip is a video file (pip install av) or a folder of frames, which are sorted by name.
 A tenth of train selects the epoch; val/ or validation.json is the test set and used once.
-Differs from the paper: it speaks of LLaMA's last layer, its code takes layer 15; it tests the last
-epoch; torchvision's RandAugment; gradients are clipped at norm 1. (AdamW's betas are the same.)
+Differs from the paper: it tests the last epoch; here, RandAugment is torchvision's and gradients
+are clipped at norm 1. Layer 15 (of 0 to 31) is what its code takes; its text says, the last one.
 Letters: B batch, V views, T frames, S side in pixels, N tokens, D width, h heads, K classes.
 """
 
@@ -44,7 +45,6 @@ from tqdm import tqdm
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
 TASK, BEST = "video", max  # the best epoch has the largest first metric on validation data
-
 # VideoMAE's widths (https://arxiv.org/abs/2203.12602); micro is ours, for small clips on a laptop.
 MODELS = {
     "micro": {"D": 64, "depth": 3, "heads": 4, "patch": 16, "S": 48, "T": 16},
@@ -58,23 +58,21 @@ class Attention(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(D, 3 * D, bias=False)  # keys have no bias: it changes no softmax
+        self.qkv = nn.Linear(D, 3 * D, bias=False)  # keys have no bias: softmax cancels it
         self.q_bias = nn.Parameter(torch.zeros(D))
         self.v_bias = nn.Parameter(torch.zeros(D))
         self.proj = nn.Linear(D, D)
 
     def forward(self, x):
         B, N, D = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D)
         qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer layer. In training, drop_path skips its halves for some samples."""
-
+class Block(nn.Module):  # a pre-norm transformer layer
     def __init__(self, D, heads, drop_path):
         super().__init__()
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
@@ -82,56 +80,56 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
         mlp = OrderedDict(fc1=nn.Linear(D, 4 * D), act=nn.GELU(), fc2=nn.Linear(4 * D, D))
         self.mlp = nn.Sequential(mlp)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.drop_path = StochasticDepth(drop_path, mode="row")  # samples may skip attention or MLP
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # (B, N, D)
 
 
-class VideoViT(nn.Module):
-    """VideoMAE's vision transformer, parts named as published. The head sees the mean token."""
-
+class VideoViT(nn.Module):  # VideoMAE's; its parts are named as in the published weights
     def __init__(self, D, depth, heads, patch, S, T, K, drop_path, centre, llm):
         super().__init__()
-        self.centre = centre  # whether a clip's mean colour is subtracted
-        cube = (2, patch, patch)  # a token is made of so many frames and pixels
+        self.centre = centre  # whether to subtract a clip's mean colour
+        cube = (2, patch, patch)  # the frames and pixels of one token
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(3, D, cube, cube)))
-        N = T // 2 * (S // patch) ** 2  # fixed sines (https://arxiv.org/abs/1706.03762, 3.5)
+        N = T // 2 * (S // patch) ** 2  # fixed positions, https://arxiv.org/abs/1706.03762, 3.5
         angle = torch.arange(N)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)  # (N, D/2)
         positions = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
         self.register_buffer("positions", positions, persistent=False)
-        rates = torch.linspace(0, drop_path, depth).tolist()  # the deeper, the more
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deep layers are skipped most
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
         self.fc_norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, K)
         self.llm = llm
 
     def forward(self, x):
-        if self.centre:  # NOTE(paper): from scratch, motion is learned sooner so
+        if self.centre:  # NOTE(paper): not in its recipe; from scratch, motion is learned sooner
             x = x - x.mean((1, 3, 4), keepdim=True)
         x = self.patch_embed(x.transpose(1, 2))  # (B, T, 3, S, S) -> (B, D, T/2, S/patch, S/patch)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         x = self.blocks(x + self.positions)  # the host's own encoder
         x = self.llm(x)  # the frozen LLM block: this line is the paper
-        x = self.fc_norm(x.mean(1))  # (B, D)
+        x = self.fc_norm(x.mean(1))  # the mean token (B, D)
         return self.head(x)  # (B, K)
 
 
 # ---------------------------------------------------------------- loss and metrics
 def compute_loss(args, model, batch):
-    x = batch[0].to(args.device)  # (B, V, T, 3, S, S): one or two copies of each clip
+    # 1) all first copies of the clips, then all second ones, so that no clip stands beside itself
+    x = batch[0].to(args.device)  # (B, V, T, 3, S, S): V copies of each clip
     y = batch[1].to(args.device).repeat(x.shape[1])  # (V B)
-    # A clip's copies stand B apart: MixUp and CutMix mix neighbours, so never a clip with itself.
     x = normalise(x.transpose(0, 1).flatten(0, 1))  # (V B, T, 3, S, S)
     if args.recipe != "videomae":
         return F.cross_entropy(model(x), y)
     erase = v2.RandomErasing(0.25, value="random")
     x = torch.stack([erase(clip) for clip in x])  # the same hole in all frames
+    # 2) mix neighbours, all frames alike; y (V B, K) then says how much there is of each class
     K = len(args.classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=K), v2.CutMix(num_classes=K)])
-    x, y = mix(x.flatten(1, 2), y)  # all frames alike; y (V B, K): how much there is of each class
-    return F.cross_entropy(model(x.unflatten(1, (-1, 3))), y, label_smoothing=0.1)
+    x, y = mix(x.flatten(1, 2), y)  # (V B, T 3, S, S)
+    x = x.unflatten(1, (-1, 3))  # (V B, T, 3, S, S)
+    return F.cross_entropy(model(x), y, label_smoothing=0.1)
 
 
 def normalise(x):
@@ -143,11 +141,12 @@ def normalise(x):
 def evaluate(args, model, clips):
     """Top-1 and top-5 accuracy in percent. The probabilities of a clip's views are averaged."""
     model.eval()
-    correct = torch.zeros(2)  # at the first guess, among five
+    correct = torch.zeros(2)  # clips whose class is the first guess, or among the first five
     for x, y in batches(args, clips):
         p = 0
-        for view in x.unbind(1):  # (B, T, 3, S, S), V times
-            p = p + model(normalise(view.to(args.device))).float().softmax(1)  # (B, K)
+        for view in x.unbind(1):  # V times (B, T, 3, S, S)
+            logits = model(normalise(view.to(args.device)))
+            p = p + logits.float().softmax(1)  # (B, K)
         hits = p.cpu().topk(min(5, len(args.classes))).indices == y[:, None]  # (B, 5)
         correct += torch.tensor([hits[:, 0].sum(), hits.sum()])
     top1, top5 = (100 * correct / len(clips)).tolist()
@@ -174,13 +173,13 @@ class Clips(Dataset):
 
     def __init__(self, pairs, args, views=None):
         self.pairs = pairs
-        self.views = views  # None to train
+        self.views = views  # None in training, or say 2x3: 2 in time, 3 crops of each
         self.T = MODELS[args.model]["T"]
         self.S = MODELS[args.model]["S"]
-        if args.recipe == "videomae":  # 21 of torchvision's 30 stands for magnitude 7 of timm's 10
+        if args.recipe == "videomae":  # 21 of torchvision's 30 is magnitude 7 of timm's 10
             self.copies = 2
             steps = [v2.RandAugment(4, 21), v2.RandomResizedCrop(self.S)]
-        else:  # few clips: their colours would soon be learned by heart
+        else:  # swap red, green, blue: colours of few clips would soon be learned by heart
             self.copies = 1
             steps = [v2.RandomResizedCrop(self.S, (0.8, 1.0)), v2.RandomChannelPermutation()]
         self.augment = v2.Compose([*steps, v2.RandomHorizontalFlip(0.5 * args.flip)])
@@ -192,29 +191,30 @@ class Clips(Dataset):
         seed, index = item
         torch.default_generator.manual_seed(seed)  # the same for any number of workers
         clip, label = self.pairs[index]
-        if self.views is None:  # copies of the same frames, each augmented as a whole
-            x = read_clip(clip, torch.rand(1, self.T), self.S)[0]  # (T, 3, H, W)
+        if self.views is None:
+            offsets = torch.rand(1, self.T)  # all copies show the same frames
+            x = read_clip(clip, offsets, self.S)[0]  # (T, 3, H, W)
             return torch.stack([self.augment(x) for _ in range(self.copies)]), label
-        # In time: the first view shows the middle of each segment, the second its beginning.
-        temporal = int(self.views[0])
-        offsets = (0.5 + torch.arange(temporal) / temporal) % 1
-        x = read_clip(clip, offsets[:, None].expand(-1, self.T), self.S)
-        # In space: the short side gets S pixels; one or three crops along the long side.
+        # 1) in time: the first view shows the middle of each segment, the second its beginning
+        in_time, in_space = map(int, self.views.split("x"))
+        offsets = torch.tensor([0.5, 0.0])[:in_time, None]
+        x = read_clip(clip, offsets.expand(-1, self.T), self.S)
+        # 2) in space: the short side gets S pixels; one or three crops along the long side
         x = v2.functional.resize(x, self.S)
-        side = -1 if x.shape[-1] > x.shape[-2] else -2
+        side = -1 if x.shape[-1] > x.shape[-2] else -2  # the long one: width or height
         spare = x.shape[side] - self.S
-        starts = [spare // 2] if self.views[2] == "1" else [0, spare // 2, spare]
+        starts = [0, spare // 2, spare] if in_space == 3 else [spare // 2]
         return torch.cat([x.narrow(side, start, self.S) for start in starts]), label
 
 
 def read_clip(clip, offsets, S):
-    """One frame of each T-th of a clip, at these offsets (V, T): uint8 (V, T, 3, H, W)."""
+    """The frames at these offsets (V, T), 0 to 1, in a clip's T segments: uint8 (V, T, 3, H, W)."""
     T = offsets.shape[1]
     with reading(clip):
-        if isinstance(clip, int):
+        if isinstance(clip, int):  # the number of a toy
             frames = draw_toy(clip, T, S)[0]
         elif clip.is_dir():
-            frames = sorted(clip.glob("[!.]*"))
+            frames = sorted(clip.glob("[!.]*"))  # no hidden files
         else:
             import av
 
@@ -227,7 +227,7 @@ def read_clip(clip, offsets, S):
             frame = frames[i]
             if isinstance(frame, Path):
                 frame = Image.open(frame).convert("RGB")
-            elif not isinstance(frame, np.ndarray):  # it is a video's
+            elif not isinstance(frame, np.ndarray):  # PyAV's
                 frame = frame.to_image()
             pictures.append(np.array(frame))
         x = torch.from_numpy(np.stack(pictures))  # (V T, H, W, 3)
@@ -243,12 +243,14 @@ def find_clips(args, split):
     elif args.data == "folder":
         clips = sorted(root.glob(f"{split}/*/[!.]*"))
         names = [clip.parent.name for clip in clips]
+        if not clips:
+            raise FileNotFoundError(f"it has no {split}/CLASS/CLIP")
     else:
-        file = {"train": "train.json", "val": "validation.json"}[split]
+        file = "train.json" if split == "train" else "validation.json"
         rows = json.loads((root / "labels" / file).read_text())
         names = [row["template"].replace("[", "").replace("]", "") for row in rows]
-        folder = root / "20bn-something-something-v2"  # strict: an error, if a clip is not there
-        clips = [(folder / f"{row['id']}.webm").resolve(strict=True) for row in rows]
+        folder = root / "20bn-something-something-v2"
+        clips = [(folder / f"{row['id']}.webm").resolve(strict=True) for row in rows]  # it exists
         labels = json.loads((root / "labels/labels.json").read_text())
         args.classes = args.classes or sorted(labels, key=lambda name: int(labels[name]))
     args.classes = args.classes or sorted(set(names))
@@ -272,17 +274,15 @@ def load_data(args):
 
 
 def draw_toy(index, T, S):
-    """A disc that moves: frames uint8 (T, S, S, 3), where to, its pixels as masks (T, S, S).
-
-    The class is the direction. A single frame tells nothing: what leaves the picture returns.
-    """
+    """A moving disc: frames uint8 (T, S, S, 3), its direction (the class), its masks (T, S, S)."""
+    # One frame alone does not tell the direction: what leaves the picture comes back (np.roll).
     rng = random.Random(index)
+    hour = rng.randrange(12)  # 12 o'clock is up, 3 right; drawn first, whatever the size S
     colour = np.array(rng.choices(range(150, 256), k=3), np.uint8)
     background = np.array(rng.choices(range(110), k=3), np.uint8)
     disc = Image.new("1", (S, S))
     ImageDraw.Draw(disc).circle((S / 2, S / 2), rng.uniform(0.12, 0.17) * S, fill=1)
-    disc = np.roll(disc, (rng.randrange(S), rng.randrange(S)), axis=(0, 1))
-    hour = rng.randrange(12)
+    disc = np.roll(disc, (rng.randrange(S), rng.randrange(S)), axis=(0, 1))  # any place
     angle = math.radians(30 * hour)
     speed = rng.uniform(0.4, 0.9) * S / T  # pixels a frame
     masks = []
@@ -301,8 +301,8 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="directory of the data")
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: small, base")
     p.add_argument("--init", metavar="FILE", help="VideoMAE's weights; with --recipe videomae")
-    p.add_argument("--recipe", choices=("light", "videomae"), default="light", help="the paper's")
-    p.add_argument("--flip", action="store_true", help="mirror at random (never: left, right)")
+    p.add_argument("--recipe", choices=("light", "videomae"), default="light", help="light is ours")
+    p.add_argument("--flip", action="store_true", help="mirror at random, if sides do not matter")
     p.add_argument("--views", choices=("1x1", "2x1", "2x3"), default="1x1", help="paper: 2x3")
     p.add_argument("--layer-decay", type=float, default=1.0, help="paper: small 0.7, base 0.75")
     p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 40, base 30")
@@ -320,7 +320,7 @@ def build_model(args, kind, seed):
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     llm = LLMBlock(args.llm, config["D"], args.layers, kind, seed, dtype)
     paper = args.recipe == "videomae"
-    model = VideoViT(**config, drop_path=0.1 * paper, centre=not paper, llm=llm)
+    model = VideoViT(**config, drop_path=0.1 if paper else 0.0, centre=not paper, llm=llm)
     if args.init:
         load_init(model, args.init)
     return model
@@ -328,12 +328,11 @@ def build_model(args, kind, seed):
 
 def load_init(model, path):
     """Fill the host from a published file; its head, too, if it has as many classes."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the settings, in VideoMAE's
-        weights = read(path)
     own = model.state_dict()
-    with reading(path):
+    with torch.serialization.safe_globals([argparse.Namespace]), reading(path):  # settings
+        weights = read(path)
         weights = weights.get("model", weights.get("module", weights))
-        weights = {k.removeprefix("encoder."): w for k, w in weights.items()}  # pre-training's
+        weights = {k.removeprefix("encoder."): w for k, w in weights.items()}  # pre-trained
         fitting = {k: w for k, w in weights.items() if k in own and w.shape == own[k].shape}
     new = ("llm.", "head.", "fc_norm.")  # pre-training has no fc_norm
     missing = [k for k in own if k not in fitting and not k.startswith(new)]
@@ -352,7 +351,7 @@ def param_groups(args, model):
     top = len(model.blocks) + 1  # also the layer of the block's projections
     for name, p in model.named_parameters():
         layer = 0 if name.startswith("patch_embed.") else top
-        if name.startswith("blocks."):
+        if name.startswith("blocks."):  # blocks.0. and so on
             layer = 1 + int(name.split(".")[1])
         decay = args.weight_decay if p.ndim > 1 else 0.0
         scale = args.proj_lr if name.startswith("llm.proj") else args.layer_decay ** (top - layer)
@@ -382,7 +381,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -403,14 +402,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -434,7 +433,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -471,8 +470,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -500,7 +499,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)
