@@ -9,13 +9,12 @@ The paper's run (Table 4; VectorNet minADE6 0.77 -> 0.76 m; 2 days on one A100; 
     python train_motion.py --data argoverse1 --root DIR --map map_files --model small \\
         --llm huggyllama/llama-7b --block none random pretrained --epochs 60 --lr 5e-4
 
-The last tenth of train, by time, selects the epoch; val is the test set and used once. Windows of
-one recording stay related across that border: those beside it may even overlap.
+The last tenth of train, by time, selects the epoch (some files overlap train's); val is the test.
 Differs from the paper, which describes neither its head for 6 trajectories nor its loss: see
 NOTE(paper). The global attention is a transformer layer; VectorNet's auxiliary task is left out;
 scenes are mirrored at random; gradients are clipped at norm 1.
-Letters: B batch, A agents, L lanes, N polylines (tokens), P points of a polyline (of an agent: its
-observed steps), T future steps (10 a second), K trajectories, D width, W half of it.
+Letters: B batch, A agents, L lanes, N = A + L polylines (tokens), P points of each (of an agent:
+observed steps), T future steps, K trajectories, D width of a token, W half of D.
 """
 
 import argparse
@@ -47,15 +46,16 @@ TASK, BEST = "motion", min  # the best epoch has the smallest first metric on va
 # small is VectorNet (https://arxiv.org/abs/2005.04259); micro is ours, for a laptop.
 MODELS = {"micro": {"D": 64, "heads": 4}, "small": {"D": 128, "heads": 8}}
 STEPS = {"toy": (20, 30), "argoverse1": (20, 30), "argoverse2": (50, 60)}  # P, T
+SECOND = 10  # steps
 K = 6
 NEAR = 65.0  # metres: the target sees no farther; mmTransformer: lanes 65, agents 56
-UNSEEN = complex(math.nan, math.nan)  # files and toy give places as x + iy
+UNSEEN = complex(math.nan, math.nan)  # places are complex, x + iy: a product rotates them
 torch.backends.mha.set_fastpath_enabled(False)  # keeps the attention visible to visualize.py
 
 
 # ---------------------------------------------------------------- the model
-def is_seen(points):
-    """Which points are seen, as is the one before, and are no padding: (B, N, P - 1)."""
+def valid_steps(points):
+    """Which steps have both ends; NaN is unseen or padding. (B, N, P, 2) -> bool (B, N, P - 1)."""
     return points.diff(dim=2).isfinite().all(-1)
 
 
@@ -65,29 +65,27 @@ class PolylineNet(nn.Module):
     def __init__(self, P, D):
         super().__init__()
         W = D // 2
-        widths = (4, 2 * W, 2 * W)
+        widths = (4, 2 * W, 2 * W)  # numbers of a vector; then its own W and the polyline's W
         layers = [nn.Sequential(nn.Linear(w, W), nn.LayerNorm(W), nn.ReLU()) for w in widths]
         self.layers = nn.ModuleList(layers)
         self.proj = nn.Linear(4 * (P - 1) + W, D)
 
     def forward(self, points):
-        # 1) vectors from each point to the next; their ends in tens of metres
-        end = points[:, :, 1:] / 10  # (B, N, P - 1, 2)
-        x = torch.cat([end, points.diff(dim=2)], dim=-1)
-        seen = is_seen(points)[..., None]  # (B, N, P - 1, 1)
-        x = x.where(seen, 0)  # (B, N, P - 1, 4)
-        vectors = x.flatten(2)  # (B, N, 4(P - 1))
-        # 2) three times, each vector learns of the whole polyline
+        # 1) a vector of 4 for each step: where it ends, in tens of metres, and how far it leads
+        valid = valid_steps(points)[..., None]  # (B, N, P - 1, 1)
+        vectors = torch.cat([points[:, :, 1:] / 10, points.diff(dim=2)], dim=-1).where(valid, 0)
+        # 2) three times, each vector gets the maximum over its polyline beside it
+        x = vectors  # (B, N, P - 1, 4)
         for layer in self.layers:
-            x = layer(x) * seen  # (B, N, P - 1, W), never below 0, which is: not seen
-            whole = x.amax(2, keepdim=True)  # (B, N, 1, W)
-            x = torch.cat([x, whole.expand_as(x)], dim=-1)  # (B, N, P - 1, 2W)
-        # NOTE(paper): the token takes the vectors themselves, too: maxima alone blur motion.
-        return self.proj(torch.cat([vectors, whole[:, :, 0]], dim=-1))
+            x = layer(x) * valid  # (B, N, P - 1, W); 0 changes no maximum: ReLU gives none below
+            polyline = x.amax(2, keepdim=True)  # (B, N, 1, W)
+            x = torch.cat([x, polyline.expand_as(x)], dim=-1)  # (B, N, P - 1, 2W)
+        # 3) NOTE(paper): the token also gets all vectors, as maxima alone blur the motion.
+        return self.proj(torch.cat([vectors.flatten(2), polyline[:, :, 0]], dim=-1))
 
 
 class VectorNet(nn.Module):
-    """Polylines as tokens; the target's becomes K trajectories and their confidences."""
+    """Polylines as tokens; the target's becomes K trajectories and K confidences."""
 
     def __init__(self, D, heads, P, T, llm):
         super().__init__()
@@ -96,39 +94,41 @@ class VectorNet(nn.Module):
         self.block = nn.TransformerEncoderLayer(D, heads, 4 * D, 0.0, batch_first=True)
         self.llm = llm
         self.norm = nn.LayerNorm(D)
-        self.head = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, K * (2 * T + 1)))
+        outputs = K * 2 * T + K  # x and y of all places, and the confidences
+        self.head = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, outputs))
 
-    def forward(self, agents, lanes):  # (B, A, P, 2), the target first; (B, L, 20, 2)
-        mask = torch.cat([is_seen(agents).any(2), is_seen(lanes).any(2)], dim=1)  # (B, N)
+    def forward(self, agents, lanes):
+        """agents (B, A, P, 2), the target first, lanes (B, L, 20, 2) -> (B, K, T, 2), (B, K)."""
+        mask = torch.cat([valid_steps(agents).any(2), valid_steps(lanes).any(2)], dim=1)  # (B, N)
         with torch.autocast(agents.device.type, enabled=False):  # bf16 would round to decimetres
             x = torch.cat([self.agents(agents), self.lanes(lanes)], dim=1)  # (B, N, D)
         x = self.block(x, src_key_padding_mask=~mask)  # the host's own encoder
         x = self.llm(x, mask)  # the frozen LLM block: this line is the paper
         x = self.norm(x)
         # NOTE(paper): it does not describe its head. This one corrects constant velocity.
-        moves, confidence = self.head(x[:, 0]).tensor_split([-K], dim=1)
-        moves = moves.unflatten(1, (K, -1, 2))  # (B, K, T, 2)
-        seconds = torch.arange(1, moves.shape[2] + 1, device=x.device)[:, None] / 10
-        straight = -agents[:, :1, -11:-10] * seconds  # (B, 1, T, 2): on, as in the last second
-        return straight + 3 * moves, confidence  # by some 3 metres; (B, K)
+        output = self.head(x[:, 0])  # (B, 2KT + K), from the target's token
+        moves = output[:, :-K].unflatten(1, (K, -1, 2))  # (B, K, T, 2)
+        confidence = output[:, -K:]  # (B, K)
+        seconds = torch.arange(1, moves.shape[2] + 1, device=x.device) / SECOND  # (T)
+        velocity = -agents[:, :1, None, -1 - SECOND]  # (B, 1, 1, 2): from there to 0 in a second
+        straight = velocity * seconds[:, None]  # (B, 1, T, 2)
+        return straight + 3 * moves, confidence  # corrections are some 3 metres
 
 
 # ---------------------------------------------------------------- loss and metrics
 def compute_loss(args, model, batch):
-    """Winner takes all: the trajectory that ends nearest learns the way, the confidences which."""
-    # NOTE(paper): it does not describe this loss either.
+    """Winner takes all: only the trajectory that ends nearest learns; confidences name it."""
     agents, lanes, future = [x.to(args.device) for x in batch]
-    modes, confidence = model(agents, lanes)
-    final = modes[:, :, -1] - future[:, None, -1]  # (B, K, 2)
-    best = final.norm(dim=-1).argmin(1)  # (B)
-    way = modes[torch.arange(len(best)), best]  # (B, T, 2)
-    return F.smooth_l1_loss(way, future) + F.cross_entropy(confidence, best)
+    modes, confidence = model(agents, lanes)  # (B, K, T, 2), (B, K)
+    distance = (modes[:, :, -1] - future[:, None, -1]).norm(dim=-1)  # (B, K), at the end
+    best = distance.argmin(1)  # (B)
+    winner = modes[torch.arange(len(best)), best]  # (B, T, 2): of each scene its best
+    return F.smooth_l1_loss(winner, future) + F.cross_entropy(confidence, best)  # NOTE(paper): ours
 
 
 @torch.no_grad()
 def evaluate(args, model, scenes):
-    """Errors in metres, and misses by over 2 m in percent, of the best of K trajectories and of
-    the most confident one. As in Argoverse, the best is the one that *ends* nearest."""
+    """Metres, and misses in percent. As in Argoverse, the best of K is what *ends* nearest."""
     model.eval()
     sums = torch.zeros(7)
     for agents, lanes, future in batches(args, scenes):
@@ -137,14 +137,14 @@ def evaluate(args, model, scenes):
         confidence = confidence.cpu().float().softmax(1)  # (B, K)
         best = distance[:, :, -1].argmin(1)  # (B)
         scene = torch.arange(len(best))
-        errors = []  # (B) each
-        for mode in (best, confidence.argmax(1)):
-            way = distance[scene, mode]  # (B, T)
-            final = way[:, -1]
-            errors += [way.mean(1), final, 100.0 * (final > 2)]
-        # Argoverse 2 adds to the final error how little the best one was trusted.
-        errors.append(errors[1] + (1 - confidence[scene, best]) ** 2)
-        sums += torch.stack(errors).sum(1)
+        metrics = []  # (B) each
+        for mode in (best, confidence.argmax(1)):  # of K trajectories, and of the surest alone
+            error = distance[scene, mode]  # (B, T): one trajectory of each scene
+            final = error[:, -1]
+            metrics += [error.mean(1), final, 100.0 * (final > 2)]  # a miss: over 2 m away
+        # Argoverse 2's brier-minFDE6 punishes a best trajectory that was not trusted.
+        metrics.append(metrics[1] + (1 - confidence[scene, best]) ** 2)
+        sums += torch.stack(metrics).sum(1)
     names = ("minADE6", "minFDE6", "MR6", "minADE1", "minFDE1", "MR1", "brier-minFDE6")
     return dict(zip(names, (sums / len(scenes)).tolist(), strict=True))
 
@@ -185,32 +185,31 @@ class Scenes(Dataset):
         torch.default_generator.manual_seed(seed)  # the same for any number of workers
         scene = self.scenes[index]
         if self.mirror and torch.rand(()) < 0.5:
-            scene = [x.conj() for x in scene]
-        scene = map(torch.from_numpy, scene)
-        return [torch.view_as_real(x) for x in scene]  # (..., 2)
+            scene = [x.conj() for x in scene]  # x - iy: left becomes right
+        return [torch.view_as_real(torch.from_numpy(x)) for x in scene]  # x + iy -> (..., 2)
 
 
 def make_scene(tracks, lanes, P, T):
-    """What the target sees: agents (A, P), itself first, and lanes (L, 20); its future (T).
-
-    tracks (A, P + T), the target's first, lanes (L, 20): complex numbers x + iy, in metres. In the
-    target's own frame it is now at the origin, and x leads where it went in the last second.
-    """
-    needed = tracks[0, P - 11 : P + T]
-    if np.isfinite(needed).sum() < 11 + T:
+    """tracks (A, P + T), the target's first, lanes (L, 20) -> what the target sees: agents (A, P),
+    itself first, and lanes; its future (T). It is now at the origin and came along the x axis."""
+    needed = tracks[0, P - 1 - SECOND : P + T]  # of the target, from a second ago
+    if np.isfinite(needed).sum() < 1 + SECOND + T:
         raise ValueError("the target is not seen throughout the last second and the future")
-    now = needed[10]
-    turn = np.exp(-1j * np.angle(now - needed[0]))
+    now = needed[SECOND]
+    turn = np.exp(-1j * np.angle(now - needed[0]))  # times this: rotated by minus its direction
     tracks = (tracks - now) * turn
     lanes = (lanes - now) * turn
-    scene = []
-    for lines in (tracks[:, :P], lanes):
-        lines = np.where(abs(lines) < NEAR, lines, UNSEEN)
-        scene.append(lines[np.isfinite(np.diff(lines)).any(1)])  # some step of it is seen
-    return [x.astype(np.complex64) for x in (*scene, tracks[0, P : P + T])]
+    scene = [hide_far(tracks[:, :P]), hide_far(lanes), tracks[0, P : P + T]]
+    return [x.astype(np.complex64) for x in scene]
 
 
-def read_rows(path):
+def hide_far(lines):
+    """Lines without their far points, and only those with a step left."""
+    lines = np.where(abs(lines) < NEAR, lines, UNSEEN)
+    return lines[np.isfinite(np.diff(lines)).any(1)]
+
+
+def read_table(path):
     """The rows of a .csv file (Argoverse 1) or .parquet file (Argoverse 2), as dictionaries."""
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -223,14 +222,14 @@ def read_rows(path):
 
 
 def read_scene(path, maps):
-    """Tracks (A, steps) of a file, the target's first, UNSEEN where it says nothing; lanes."""
-    rows = list(read_rows(path))
+    """Tracks (A, steps), the target's first, UNSEEN at steps without a row; lanes (L, 20)."""
+    rows = list(read_table(path))
     if path.suffix == ".csv":
-        when, agent, x, y = "TIMESTAMP TRACK_ID X Y".split()
-        targets = {row[agent] for row in rows if row["OBJECT_TYPE"] == "AGENT"}
-        maps = [path for path in maps if f"_{rows[0]['CITY_NAME']}_" in path.name]
+        when, agent, x, y = ["TIMESTAMP", "TRACK_ID", "X", "Y"]  # columns
+        targets = {row["TRACK_ID"] for row in rows if row["OBJECT_TYPE"] == "AGENT"}
+        maps = [file for file in maps if f"_{rows[0]['CITY_NAME']}_" in file.name]
     else:
-        when, agent, x, y = "timestep track_id position_x position_y".split()
+        when, agent, x, y = ["timestep", "track_id", "position_x", "position_y"]
         targets = {row["focal_track_id"] for row in rows}
         maps = path.parent.glob("log_map_archive*.json")
     if len(targets) != 1:
@@ -240,7 +239,7 @@ def read_scene(path, maps):
     for row in rows:
         track = tracks.setdefault(row[agent], np.full(len(times), UNSEEN))
         track[times.index(float(row[when]))] = complex(float(row[x]), float(row[y]))
-    lanes = [np.zeros((0, 20)), *map(read_map, maps)]
+    lanes = [np.zeros((0, 20)), *map(read_map, maps)]  # (0, 20) where there is no map
     return np.stack(list(tracks.values())), np.concatenate(lanes)
 
 
@@ -251,11 +250,11 @@ def read_map(path):
     with reading(path):
         if path.suffix == ".xml":
             root = ElementTree.parse(path).getroot()
-            nodes = {x.get("id"): x for x in root.iter("node")}
-            for way in root.iter("way"):
-                lanes.append(resample([nodes[x.get("ref")] for x in way.iter("nd")]))
+            nodes = {node.get("id"): node for node in root.iter("node")}
+            for lane in root.iter("way"):
+                lanes.append(resample([nodes[end.get("ref")] for end in lane.iter("nd")]))
         else:
-            for lane in json.loads(path.read_text())["lane_segments"].values():
+            for lane in json.loads(path.read_bytes())["lane_segments"].values():
                 left = resample(lane["left_lane_boundary"])
                 right = resample(lane["right_lane_boundary"])
                 lanes.append((left + right) / 2)  # as av2-api does it
@@ -263,10 +262,10 @@ def read_map(path):
 
 
 def resample(points):
-    """20 places (20), evenly spaced along a line of points that know their "x" and "y"."""
+    """20 places (20), evenly spaced along a line of points, each with an "x" and a "y"."""
     line = np.array([complex(float(p.get("x")), float(p.get("y"))) for p in points])
-    s = abs(np.diff(line, prepend=line[0])).cumsum()  # metres along the line
-    return np.interp(np.linspace(0, s[-1], 20), s, line)
+    metres = abs(np.diff(line, prepend=line[0])).cumsum()  # from the first point, along the line
+    return np.interp(np.linspace(0, metres[-1], 20), metres, line)
 
 
 def find_scenes(args, split):
@@ -282,8 +281,8 @@ def find_scenes(args, split):
 
 def first_time(path):
     with reading(path):
-        row = next(read_rows(path))
-        return float(row.get("TIMESTAMP") or row["start_timestamp"])
+        row = next(read_table(path), {})  # an empty file lacks the column, too
+        return float(row["TIMESTAMP" if path.suffix == ".csv" else "start_timestamp"])
 
 
 def load_data(args):
@@ -299,37 +298,38 @@ def load_data(args):
         if not args.eval:
             train = find_scenes(args, "train")
             cut = len(train) * 9 // 10
-            files["train"] = train[:cut]
-            files["val"] = train[cut:]  # the last tenth, to select the best epoch
+            files |= {"train": train[:cut], "val": train[cut:]}  # val selects the best epoch
     data = {}
     for name, paths in files.items():
         scenes = []
         for path in tqdm(paths[: args.limit], f"reading {name}", disable=RANK > 0 or None):
             with reading(path):
-                found = draw_toy(path) if args.data == "toy" else read_scene(path, maps)
-                scenes.append(make_scene(*found, P, T))
+                tracks, lanes = draw_toy(path) if args.data == "toy" else read_scene(path, maps)
+                scenes.append(make_scene(tracks, lanes, P, T))
         data[name] = Scenes(scenes, mirror=name == "train")
-    if args.map and not any(len(lanes) for _, lanes, _ in data["test"].scenes):
-        raise UserError(f"--map {args.map}: no map with _CITY_ in its name is near a scene")
     args.sizes = {name: len(scenes) for name, scenes in data.items()}
-    seconds = np.arange(1, T + 1) / 10  # the baseline: on, as in the last second
-    errors = [abs(future + agents[0, -11] * seconds) for agents, _, future in data["test"].scenes]
-    errors = np.mean(errors, axis=0)  # (T)
-    print(f"constant velocity: minADE1 {errors.mean():.2f}, minFDE1 {errors[-1]:.2f}")
+    test = data["test"].scenes
+    if args.map and not any(len(lanes) for _, lanes, _ in test):
+        raise UserError(f"--map {args.map}: no map with _CITY_ in its name is near a scene")
+    seconds = np.arange(1, T + 1) / SECOND  # the baseline: on, as in the last second
+    errors = [abs(future + agents[0, -1 - SECOND] * seconds) for agents, _, future in test]
+    if errors:  # main refuses an empty test set
+        errors = np.mean(errors, axis=0)  # (T)
+        print(f"constant velocity: minADE1 {errors.mean():.2f}, minFDE1 {errors[-1]:.2f}")
     return data
 
 
 def draw_toy(index):
     """Three roads part at a fork. Tracks (2, 50) of the target and of a car in front whose speed
-    it takes on; lanes (3, 20). Which road they take, nothing tells; how it bends, the lanes do."""
+    it takes on; lanes (3, 20). Nothing tells which road a car takes; lanes tell how it bends."""
     rng = np.random.default_rng(index)
     fork = rng.uniform(10, 30)  # metres ahead
-    bends = rng.uniform([0.02, -0.02, -0.06], [0.06, 0.02, -0.02])  # left, on, right
+    bends = rng.uniform([0.02, -0.02, -0.06], [0.06, 0.02, -0.02])  # 1 / radius: left, on, right
     own, leader = rng.uniform(4, 16, 2)  # metres per second
-    t = np.arange(-19, 31) / 10  # seconds
-    change = np.maximum(t, 0) ** 2 / 6  # begins now and takes the 3 seconds
-    ways = [own * t + (leader - own) * change, 25 + leader * t]
-    tracks = [follow(s, fork, rng.choice(bends)) for s in ways]
+    t = np.arange(-19, 31) / SECOND
+    change = np.maximum(t, 0) ** 2 / 6  # of way, while the speed changes evenly for 3 seconds
+    driven = [own * t + (leader - own) * change, 25 + leader * t]  # metres, the target's first
+    tracks = [follow(s, fork, rng.choice(bends)) for s in driven]
     lanes = [follow(np.linspace(-30, 70, 20), fork, bend) for bend in bends]
     return np.stack(tracks), np.stack(lanes)
 
@@ -396,7 +396,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -417,14 +417,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -448,7 +448,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -485,8 +485,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -514,7 +514,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)

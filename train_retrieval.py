@@ -3,7 +3,7 @@
     python train_retrieval.py --block none random pretrained     # three arms on toy images, offline
     python train_retrieval.py --data karpathy --root DIR --size 96       # Flickr8k, Flickr30k, COCO
 
-DIR holds Karpathy's dataset_*.json and the images in images/ (COCO's in images/train2014/ ...).
+DIR holds Karpathy's dataset_*.json and images/ (of COCO images/train2014/ and images/val2014/).
 The paper's run (Flickr30k image retrieval R@1 49.66 -> 50.22; 1 day on 4 A100; not run here):
 
     torchrun --nproc-per-node=4 train_retrieval.py --data karpathy --root DIR --model base \\
@@ -14,8 +14,7 @@ The paper's run (Flickr30k image retrieval R@1 49.66 -> 50.22; 1 day on 4 A100; 
 val selects the epoch (its first 100 images); test is used once, every image with every caption.
 Differs from the paper: METER trains on val, too, selects on test, augments images, and its false
 captions may be the image's own; Adam's betas (0.9, 0.98) and linear decay there.
-Letters: B batch, K captions of an image, N visual and M text tokens, D width, S side of an image,
-n images and C captions in all.
+Letters: B batch, K captions each, N visual, M text tokens, D width, S side, n images, C captions.
 """
 
 import argparse
@@ -49,8 +48,7 @@ from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 TASK, BEST = "retrieval", max  # the best epoch has the largest first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base has METER's width and depth (https://arxiv.org/abs/2111.02387): `depth` layers of the image
-# encoder, then `fusion` layers of either stream. micro is ours.
+# base is METER's (https://arxiv.org/abs/2111.02387): layers of the image encoder, of the fusion.
 MODELS = {
     "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
     "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
@@ -58,106 +56,72 @@ MODELS = {
 }  # fmt: skip
 CAPTIONS = 16  # are ranked for an image: one true and 15 false ones, as in METER
 LONGEST = 40  # tokens of a caption, as in METER
+WORD = re.compile(r"\w+|[^\w\s]")  # a word or a single sign
+PAD = 1  # the token id of padding, as RoBERTa's
 
 
 # ---------------------------------------------------------------- the model
 class ImageEncoder(nn.Module):
-    """Patches of images uint8 (B, 3, S, S) -> tokens (B, N, D), CLS first."""
+    """METER's, a CLIP: images uint8 (B, 3, S, S) -> tokens (B, N, D), CLS first."""
 
-    def __init__(self, D, depth, heads, dropout, patch, S):
+    def __init__(self, name, D, depth, heads, patch, S):
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, D, patch, patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(0.1 * torch.randn(1, 1 + (S // patch) ** 2, D))
-        kwargs = {"dropout": dropout, "activation": "gelu", "batch_first": True}
-        layers = [nn.TransformerEncoderLayer(D, heads, 4 * D, **kwargs) for _ in range(depth)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        x = v2.functional.normalize(x / 255, [0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
-        return self.layers(x + self.pos_embed)
-
-
-class CLIPEncoder(nn.Module):
-    """The same with a pre-trained CLIP without its last layer, as METER uses it."""
-
-    def __init__(self, name, D):
-        super().__init__()
-        clip = load_pretrained(transformers.CLIPVisionModel, name, "clip").float()
+        size = {"hidden_size": D, "num_hidden_layers": depth + 1, "num_attention_heads": heads}
+        size |= {"intermediate_size": 4 * D, "patch_size": patch, "image_size": S}
+        config = transformers.CLIPVisionConfig(**size)
+        clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
         self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
-        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]
+        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER skips the last one
         self.join = nn.Linear(self.encoder.config.hidden_size, D)
 
     def forward(self, x):
-        mean = [0.48145466, 0.4578275, 0.40821073]
+        mean = [0.48145466, 0.4578275, 0.40821073]  # of CLIP's own training images
         x = v2.functional.normalize(x / 255, mean, [0.26862954, 0.26130258, 0.27577711])
         x = self.encoder(x, interpolate_pos_encoding=True).last_hidden_state
         return self.join(self.encoder.post_layernorm(x))  # (B, N, D)
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, M), -1 is padding -> embeddings (B, M, D), and their mask, True = real."""
+    """METER's, a RoBERTa: token ids (B, M) -> tokens (B, M, D), and their mask, True = real."""
 
-    def __init__(self, D, words, longest):
+    def __init__(self, name, D, words, longest, dropout):
         super().__init__()
-        self.words = nn.Embedding(2 + words, D)
-        self.pos_embed = nn.Parameter(torch.randn(1, longest, D))
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, ids):
-        mask = ids >= 0
-        x = self.words(ids.clamp(min=0)) + self.pos_embed[:, : ids.shape[1]]
-        return self.norm(x), mask
-
-
-class RobertaEncoder(nn.Module):
-    """The same with a pre-trained RoBERTa."""
-
-    def __init__(self, name, D):
-        super().__init__()
-        self.encoder = load_pretrained(transformers.RobertaModel, name, "roberta").float()
+        # A new one has embeddings and no layers: those of the fusion read the text, too.
+        size = {"hidden_size": D, "num_hidden_layers": 0, "hidden_dropout_prob": dropout}
+        size |= {"vocab_size": 3 + words, "max_position_embeddings": longest + 2}
+        config = transformers.RobertaConfig(**size)
+        self.encoder = load_model(transformers.RobertaModel, name, "roberta", config).float()
         self.encoder.pooler = None  # METER has poolers of its own, after the fusion
         self.join = nn.Linear(self.encoder.config.hidden_size, D)
 
     def forward(self, ids):
-        mask = ids >= 0
-        ids = ids.where(mask, self.encoder.config.pad_token_id)
+        mask = ids != PAD
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
 
 
-class Fusion(nn.Module):
-    """METER's co-attention: in each layer, either stream attends to itself and to the other one.
+def load_model(kind, name, family, config=None):
+    """A model or tokeniser of transformers, pre-trained; without a name, new from its config."""
+    if not name:
+        return kind(config)
+    with reading(name):
+        found = transformers.AutoConfig.from_pretrained(name).model_type
+        if found != family:
+            raise ValueError(f"it is a {found}, only {family} is served here")
+        return kind.from_pretrained(name)
 
-    PyTorch's decoder layer is METER's: self-attention, cross-attention, MLP, a norm after each.
-    """
 
-    def __init__(self, D, depth, heads, dropout):
+class Retrieval(nn.Module):
+    """METER with the LLM block on its visual tokens. In each layer of its fusion, either stream
+    attends to itself and to the other one, which is what PyTorch's decoder layer does."""
+
+    def __init__(self, image_encoder, text_encoder, llm, D, depth, heads, dropout):
         super().__init__()
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
         kwargs = {"dropout": dropout, "activation": "gelu", "batch_first": True}
         layers = [nn.TransformerDecoderLayer(D, heads, 4 * D, **kwargs) for _ in range(2 * depth)]
         self.image_layers = nn.ModuleList(layers[:depth])
         self.text_layers = nn.ModuleList(layers[depth:])
-
-    def forward(self, image, text, text_mask):
-        """image (B, N, D), text (B, M, D), text_mask (B, M), True = real -> image, text."""
-        padding = ~text_mask  # PyTorch's attention wants to know what is not real
-        for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
-            seen = image  # both streams read the other one as it was before this layer
-            image = image_layer(image, text, memory_key_padding_mask=padding)
-            text = text_layer(text, seen, tgt_key_padding_mask=padding)
-        return image, text
-
-
-class Retrieval(nn.Module):
-    """Encoders, METER's fusion, the LLM block on the visual tokens, poolers, two heads."""
-
-    def __init__(self, image_encoder, text_encoder, D, fusion, heads, dropout, llm):
-        super().__init__()
-        self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
-        self.fusion = Fusion(D, fusion, heads, dropout)
         self.llm = llm
         self.image_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
         self.text_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
@@ -169,16 +133,18 @@ class Retrieval(nn.Module):
 
     def fuse(self, image, text, text_mask):
         """Tokens of B pairs, image (B, N, D) and text (B, M, D) -> their features (B, 2 D)."""
-        image, text = self.fusion(image, text, text_mask)
+        for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
+            seen = image  # both streams read the other one as it was before this layer
+            image = image_layer(image, text, memory_key_padding_mask=~text_mask)
+            text = text_layer(text, seen, tgt_key_padding_mask=~text_mask)
         image = self.llm(image)  # the frozen LLM block: this line is the paper
         image = self.image_pooler(image[:, 0])  # (B, D)
         text = self.text_pooler(text[:, 0])
         return torch.cat([image, text], dim=1)
 
     def forward(self, x, itm_x, ids):
-        """Images x (B, 3, S, S) with captions ids (B, K, M), the first of which is true -> scores
-        (B, K); and ITM's logits (B, 2) of images itm_x with the true captions.
-        """
+        """Scores (B, K) of images x (B, 3, S, S) with captions ids (B, K, M), the first of which is
+        true; and ITM's logits (B, 2) of images itm_x with the first ones."""
         B, K, _ = ids.shape
         text, text_mask = self.text_encoder(ids.flatten(0, 1))  # (B * K, M, D), (B * K, M)
         image = self.image_encoder(x).repeat_interleave(K, dim=0)  # (B * K, N, D)
@@ -186,15 +152,6 @@ class Retrieval(nn.Module):
         itm_image = self.image_encoder(itm_x)  # (B, N, D), with every K-th caption
         pairs = self.fuse(itm_image, text[::K], text_mask[::K])
         return scores, self.itm_score(pairs)
-
-
-def load_pretrained(kind, name, family):
-    """A model or tokeniser that transformers has under a name or in a directory."""
-    with reading(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-        if config.model_type != family:
-            raise ValueError(f"it is a {config.model_type}, only {family} is served here")
-        return kind.from_pretrained(name)
 
 
 # ---------------------------------------------------------------- loss and metrics
@@ -214,7 +171,8 @@ def evaluate(args, model, captions):
     texts = [model.text_encoder(ids) for ids in chunks]
     scores = torch.zeros(len(captions.images), len(captions))  # (n, C)
     for i in tqdm(range(RANK, len(scores), WORLD), "all pairs", disable=RANK > 0 or None):
-        image = model.image_encoder(captions.look(i)[None].to(args.device))  # (1, N, D)
+        x = to_pixels(captions.images[i], args.size)
+        image = model.image_encoder(x[None].to(args.device))  # (1, N, D)
         row = []
         for text, text_mask in texts:
             pairs = model.fuse(image.expand(len(text), -1, -1), text, text_mask)
@@ -229,56 +187,46 @@ def recalls(scores, owner):
     """Percent of captions that find their image (ir), and of images that find one of their captions
     (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c].
     """
-    ranks = {"ir": [], "tr": []}
-    for caption, image in enumerate(owner):
-        behind = scores[:, caption] < scores[image, caption]  # equals, and NaN, are not behind
-        ranks["ir"].append(len(behind) - behind.sum())
-    for image, row in enumerate(scores):
-        behind = row[owner != image] < row[owner == image].max()
-        ranks["tr"].append(1 + len(behind) - behind.sum())
+    true = owner == torch.arange(len(scores))[:, None]  # (n, C)
+    # A rank counts those that are not behind: the true one, its equals, and NaN.
+    own = scores[owner, torch.arange(len(owner))]  # (C)
+    best = scores.where(true, -torch.inf).amax(1, keepdim=True)  # (n, 1)
+    ranks = {"ir": (~(scores < own)).sum(0), "tr": 1 + (~true & ~(scores < best)).sum(1)}
     metrics = {}
     for way in ("ir", "tr"):
         for k in (1, 5, 10):
-            metrics[f"{way}{k}"] = 100 * (torch.stack(ranks[way]) <= k).float().mean().item()
+            metrics[f"{way}{k}"] = 100 * (ranks[way] <= k).float().mean().item()
     return metrics
 
 
-# ---------------------------------------------------------------- data: words and images
-def split_words(text):
-    """Lower-case words and single signs."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
+# ---------------------------------------------------------------- data
 def find_words(texts):
     """Our own vocabulary: what the texts have twice. Once is for learning what unknown means."""
-    counts = Counter(word for text in texts for word in split_words(text))
+    counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     return sorted(word for word, n in counts.items() if n > 1)
 
 
 def tokenise(texts, words, roberta, longest):
-    """Token ids (n, M), -1 is padding. Of our own words, 0 begins a text and 1 is unknown."""
+    """Token ids (n, M). Of our own, 0 begins a text, 1 is padding, 2 an unknown word."""
     if roberta:
-        tokeniser = load_pretrained(transformers.AutoTokenizer, roberta, "roberta")
+        tokeniser = load_model(transformers.AutoTokenizer, roberta, "roberta")
         lists = tokeniser(texts, truncation=True, max_length=longest)["input_ids"]
     else:
-        numbers = {word: i for i, word in enumerate(words, 2)}
-        lists = [[0] + [numbers.get(word, 1) for word in split_words(text)] for text in texts]
+        numbers = {word: i for i, word in enumerate(words, 3)}
+        lists = [[0] + [numbers.get(w, 2) for w in WORD.findall(text.lower())] for text in texts]
     rows = [torch.tensor(ids[:longest]) for ids in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
-def read_image(path):
-    with reading(path), Image.open(path) as file:
-        return file.convert("RGB")
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def to_pixels(image, S):
-    """An image of any size -> its pixels, uint8 (3, S, S): a central square, as in METER."""
+    """An image, or its file, -> pixels uint8 (3, S, S) of its central square, as in METER."""
+    if isinstance(image, Path):
+        with reading(image), Image.open(image) as file:
+            image = file.convert("RGB")
     steps = [v2.Resize(S, v2.InterpolationMode.BICUBIC), v2.CenterCrop(S), v2.PILToTensor()]
     return v2.Compose(steps)(image)
 
 
-# ---------------------------------------------------------------- data: batches
 def batches(args, dataset, seed=None):
     """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
     n = len(dataset)
@@ -310,62 +258,46 @@ class Captions(Dataset):
     def __len__(self):
         return len(self.ids)
 
-    def look(self, i):
-        image = self.images[i]
-        return to_pixels(read_image(image) if isinstance(image, Path) else image, self.S)
-
-    def draw_false(self, index):
-        """A random caption of another image."""
-        other = index
-        while self.owner[other] == self.owner[index]:
-            other = torch.randint(len(self), ()).item()
-        return other
-
     def __getitem__(self, item):
         seed, index = item
         torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
-        ranked = [index] + [self.draw_false(index) for _ in range(CAPTIONS - 1)]
+        others = (self.owner != self.owner[index]).nonzero()[:, 0]  # captions of other images
+        false = others[torch.randint(len(others), (CAPTIONS,))].tolist()
         match = torch.randint(2, ()).item()
-        itm_image = self.owner[index if match else self.draw_false(index)]
-        return self.look(self.owner[index]), self.look(itm_image), self.ids[ranked], match
+        pair = (index, index if match else false[0])
+        images = [to_pixels(self.images[self.owner[i]], self.S) for i in pair]
+        return *images, self.ids[[index, *false[1:]]], match
 
 
-def read_karpathy(root, split):
-    """Rows (file of an image, its captions) of the one JSON file in root."""
-    files = list(root.glob("*.json"))
-    if len(files) != 1:
-        raise UserError(f"{root} has {len(files)} .json files, not Karpathy's alone")
+def read_rows(args, split):
+    """Rows (image or its file, its captions) of train, val or test."""
+    if args.data == "toy":
+        return [draw_toy(i) for i in TOY[split]]
+    root = Path(args.root)
     rows = []
-    with reading(files[0]):
-        for image in json.loads(files[0].read_text("utf-8"))["images"]:
+    with reading(f"{root}/dataset_*.json"):
+        [file] = root.glob("dataset_*.json")  # one and no more
+        for image in json.loads(file.read_text("utf-8"))["images"]:
             # COCO has more of train as restval; an image without captions cannot be asked for.
             if image["split"].replace("restval", "train") == split and image["sentences"]:
                 file = root / "images" / image.get("filepath", "") / image["filename"]
-                if not file.exists():
-                    raise FileNotFoundError(file)
-                rows.append((file, [sentence["raw"] for sentence in image["sentences"]]))
+                rows.append((file.resolve(strict=True), [s["raw"] for s in image["sentences"]]))
     return rows
 
 
 def load_data(args):
     """{"train", "val", "test": Captions}, for --eval the test set alone."""
     data = {}
-    args.sizes = {}
     for split in ["test"] if args.eval else ["train", "val", "test"]:
-        if args.data == "toy":
-            rows = [draw_toy(i) for i in TOY[split]]
-        else:
-            rows = read_karpathy(Path(args.root), split)
-        if split == "val":
-            rows = rows[:100]  # all pairs of Flickr30k's 1,000 images would take half an epoch
-        rows = rows[: args.limit]
+        rows = read_rows(args, split)[: args.limit]
         if len(rows) < 2:
             raise UserError(f"{args.root} has {len(rows)} {split} images, at least 2 are needed")
+        if split == "val":
+            rows = rows[:100]  # all pairs of Flickr30k's 1,000 images would take half an epoch
         if split == "train":  # what the model can read: its words
-            words = find_words(text for _, captions in rows for text in captions)
-            args.classes = [] if args.text else words
+            args.classes = find_words(text for _, captions in rows for text in captions)
         data[split] = Captions(args, rows)
-        args.sizes[split] = len(rows)
+    args.sizes = {split: len(captions.images) for split, captions in data.items()}
     return data
 
 
@@ -377,10 +309,8 @@ TOY = {"train": range(400), "val": range(400, 440), "test": range(440, 480)}  # 
 
 
 def draw_toy(index):
-    """An image of two objects, each in a patch of its own, and two captions. Images 2 i and 2 i + 1
-    show the same scene with exchanged colours: to tell them apart, one must know which colour is
-    which shape's.
-    """
+    """Two objects, each in a patch of its own, and two captions. Images 2 i and 2 i + 1 show one
+    scene with exchanged colours: what tells them apart is which colour is which shape's."""
     rng = random.Random(index)
     shapes, colours = SCENES[index // 2 % 90]
     if index % 2:
@@ -406,8 +336,8 @@ def parse_args(argv=None):
     p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP as image encoder")
     p.add_argument("--text", metavar="NAME", help="a pre-trained RoBERTa as text encoder")
     p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 10")
-    p.add_argument("--batch-size", type=int, default=16, help="captions; paper: 512")
-    p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision, of CLIP: 5e-6")
+    p.add_argument("--batch-size", type=int, default=4, help="captions; paper: 512")
+    p.add_argument("--lr", type=float, default=7e-4, help="its peak; with --vision, of CLIP: 5e-6")
     p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
     return parse_shared(p, argv)
@@ -416,33 +346,26 @@ def parse_args(argv=None):
 def build_model(args, kind, seed):
     torch.manual_seed(seed)
     c = MODELS[args.model]
-    D = c["D"]
-    layer = {"D": D, "heads": c["heads"], "dropout": c["dropout"]}
-    image_encoder = ImageEncoder(**layer, depth=c["depth"], patch=c["patch"], S=args.size)
-    if args.vision:
-        image_encoder = CLIPEncoder(args.vision, D)
-    text_encoder = TextEncoder(D, len(args.classes), LONGEST)
-    if args.text:
-        text_encoder = RobertaEncoder(args.text, D)
+    image = ImageEncoder(args.vision, c["D"], c["depth"], c["heads"], c["patch"], args.size)
+    text = TextEncoder(args.text, c["D"], len(args.classes), LONGEST, c["dropout"])
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    llm = LLMBlock(args.llm, D, args.layers, kind, seed, dtype)
-    return Retrieval(image_encoder, text_encoder, **layer, fusion=c["fusion"], llm=llm)
+    llm = LLMBlock(args.llm, c["D"], args.layers, kind, seed, dtype)
+    return Retrieval(image, text, llm, c["D"], c["fusion"], c["heads"], c["dropout"])
 
 
 def param_groups(args, model):
-    """No weight decay on biases, norms, positions, CLS, words. With pre-trained encoders METER's
-    rates: --lr is theirs and the ranking head's, what else is new has 5 times that.
-    """
+    """Weight decay on matrices alone. With pre-trained encoders METER's rates: --lr is theirs and
+    the ranking head's, what else is new has 5 times that."""
     groups = {}
     for name, p in model.named_parameters():
-        plain = p.ndim == 1 or name.endswith(("cls_token", "pos_embed", "words.weight"))
+        decay = args.weight_decay if p.ndim > 1 else 0.0
         scale = 5.0 if args.vision or args.text else 1.0
         if ".encoder." in name or name.startswith("rank_output"):
             scale = 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
         if p.requires_grad:
-            groups.setdefault((0.0 if plain else args.weight_decay, scale), []).append(p)
+            groups.setdefault((decay, scale), []).append(p)
     return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
 
 
@@ -468,7 +391,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -489,14 +412,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -520,7 +443,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -557,8 +480,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -586,7 +509,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)

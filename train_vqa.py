@@ -10,14 +10,16 @@ The paper's run in 2D (VQAv2 69.60 -> 70.23 on test-dev, 1 day on 4 A100; not ru
 
     torchrun --nproc-per-node=4 train_vqa.py --data vqav2 --root DIR --model base --size 224 \\
         --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \\
-        --epochs 10 --batch-size 512 --lr 5e-6 --proj-lr 10 --min-count 9 --block none pretrained
+        --block none pretrained --epochs 10 --batch-size 512 --warmup 1 --lr 5e-6 --proj-lr 10 \\
+        --min-count 9
 
 A tenth of train's images or scenes selects the epoch; sqa3d without test files is tested on val.
-Differs from the paper: betas 0.9 and 0.999 (METER: 0.9 and 0.98), cosine, no augmentation. vqav2 is
-tested on val2014 after train2014, not on test-dev after both. METER on groups of points replaces
-SQA3D's host (MCAN, VoteNet, LSTM); the fair references of the paper's 48.09 EM@1 are its own `mlp`
-47.14 and random block 47.26, as the baseline's 47.20 comes from another recipe.
-Letters: B batch, N visual and M text tokens, D width, S side of an image, P points, K answers.
+Differs from the paper: cosine, betas 0.9 and 0.999 (METER: a line, 0.9 and 0.98), clipping, no
+augmentation; --size is a guess. vqav2 is tested on val2014 after train2014, not on test-dev after
+both. In 3D, METER replaces SQA3D's host (VoteNet, LSTM, MCAN); the paper's 48.09 EM@1 is to be
+compared with its own mlp, 47.14, and random, 47.26: its baseline comes from another recipe.
+Letters: B batch, N visual and M text tokens, D width, S side of an image, P points, G groups of
+them, K answers.
 """
 
 import argparse
@@ -51,81 +53,66 @@ from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 TASK, BEST = "vqa", max  # the best epoch has the largest first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base has METER's width and depth (https://arxiv.org/abs/2111.02387); micro is ours.
+# base is METER (https://arxiv.org/abs/2111.02387); depth: layers for images; fusion: of Fusion
 MODELS = {
     "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
     "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
     "base": {"D": 768, "heads": 12, "dropout": 0.1, "depth": 12, "fusion": 6, "patch": 16},
 }  # fmt: skip
+WORD = re.compile(r"\w+|[^\w\s]")  # a word or a single sign
+PAD = 1  # the token id of padding, as RoBERTa's
 DATA_2D = ("toy2d", "easyvqa", "vqav2")
 DATA_3D = ("toy3d", "sqa3d")
 
 
 # ---------------------------------------------------------------- the model
 class ImageEncoder(nn.Module):
-    """Patches of images uint8 (B, 3, S, S) -> tokens (B, N, D), CLS first."""
+    """METER's, a CLIP: images uint8 (B, 3, S, S) -> tokens (B, N, D), CLS first."""
 
-    def __init__(self, D, depth, heads, dropout, patch, S):
+    def __init__(self, name, D, depth, heads, patch, S):
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, D, patch, patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(0.1 * torch.randn(1, 1 + (S // patch) ** 2, D))
-        kwargs = {"dropout": dropout, "activation": "gelu", "batch_first": True}
-        layers = [nn.TransformerEncoderLayer(D, heads, 4 * D, **kwargs) for _ in range(depth)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        x = v2.functional.normalize(x / 255, [0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
-        return self.layers(x + self.pos_embed)
-
-
-class CLIPEncoder(nn.Module):
-    """The same with a pre-trained CLIP without its last layer, as METER uses it."""
-
-    def __init__(self, name, D):
-        super().__init__()
-        clip = load_pretrained(transformers.CLIPVisionModel, name, "clip").float()
+        size = {"hidden_size": D, "num_hidden_layers": depth + 1, "num_attention_heads": heads}
+        size |= {"intermediate_size": 4 * D, "patch_size": patch, "image_size": S}
+        config = transformers.CLIPVisionConfig(**size)
+        clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
         self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
-        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]
+        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER skips the last one
         self.join = nn.Linear(self.encoder.config.hidden_size, D)
 
     def forward(self, x):
-        mean = [0.48145466, 0.4578275, 0.40821073]
+        mean = [0.48145466, 0.4578275, 0.40821073]  # of CLIP's own training images
         x = v2.functional.normalize(x / 255, mean, [0.26862954, 0.26130258, 0.27577711])
         x = self.encoder(x, interpolate_pos_encoding=True).last_hidden_state
         return self.join(self.encoder.post_layernorm(x))  # (B, N, D)
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, M), -1 is padding -> embeddings (B, M, D), and their mask, True = real."""
+    """METER's, a RoBERTa: token ids (B, M) -> tokens (B, M, D), and their mask, True = real."""
 
-    def __init__(self, D, words, longest):
+    def __init__(self, name, D, words, longest, dropout):
         super().__init__()
-        self.words = nn.Embedding(2 + words, D)
-        self.pos_embed = nn.Parameter(torch.randn(1, longest, D))
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, ids):
-        mask = ids >= 0
-        x = self.words(ids.clamp(min=0)) + self.pos_embed[:, : ids.shape[1]]
-        return self.norm(x), mask
-
-
-class RobertaEncoder(nn.Module):
-    """The same with a pre-trained RoBERTa."""
-
-    def __init__(self, name, D):
-        super().__init__()
-        self.encoder = load_pretrained(transformers.RobertaModel, name, "roberta").float()
+        # A new one has embeddings and no layers: those of the fusion read the text, too.
+        size = {"hidden_size": D, "num_hidden_layers": 0, "hidden_dropout_prob": dropout}
+        size |= {"vocab_size": 3 + words, "max_position_embeddings": longest + 2}
+        config = transformers.RobertaConfig(**size)
+        self.encoder = load_model(transformers.RobertaModel, name, "roberta", config).float()
         self.encoder.pooler = None  # METER has poolers of its own, after the fusion
         self.join = nn.Linear(self.encoder.config.hidden_size, D)
 
     def forward(self, ids):
-        mask = ids >= 0
-        ids = ids.where(mask, self.encoder.config.pad_token_id)
+        mask = ids != PAD
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
+
+
+def load_model(kind, name, family, config=None):
+    """A model or tokeniser of transformers, pre-trained; without a name, new from its config."""
+    if not name:
+        return kind(config)
+    with reading(name):
+        found = transformers.AutoConfig.from_pretrained(name).model_type
+        if found != family:
+            raise ValueError(f"it is a {found}, only {family} is served here")
+        return kind.from_pretrained(name)
 
 
 class Fusion(nn.Module):
@@ -157,13 +144,14 @@ class SceneEncoder(nn.Module):
     def __init__(self, D):
         super().__init__()
         # NOTE(paper): there, tokens are proposals of a VoteNet, which needs boxes to learn from.
+        # A point has 9 numbers: its place beside the centre of its group, its colour, the centre.
         first = [nn.Linear(9, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D)]
         self.pointnet = nn.Sequential(*first, nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
 
     def forward(self, x):
-        x = self.pointnet(x).amax(dim=2)  # (B, G, D), whatever the order of a group's points
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.pointnet(x).amax(dim=2)  # (B, G, D): a maximum over points knows no order
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + G, D)
 
 
 class VQA(nn.Module):
@@ -182,56 +170,40 @@ class VQA(nn.Module):
 
     def forward(self, x, ids):
         """Images (B, 3, S, S) or scenes (B, G, 32, 9), ids (B, M) -> logits of answers (B, K)."""
-        ids = ids[:, : (ids >= 0).sum(dim=1).max()]  # without columns of padding alone
+        ids = ids[:, : (ids != PAD).sum(dim=1).max()]  # no longer than the longest text
         image = self.image_encoder(x)  # (B, N, D)
         text, text_mask = self.text_encoder(ids)  # (B, M, D), (B, M)
         image, text = self.fusion(image, text, text_mask)
         image = self.llm(image)  # the frozen LLM block: this line is the paper
-        image = self.image_pooler(image[:, 0])  # (B, D)
-        text = self.text_pooler(text[:, 0])
+        image = self.image_pooler(image[:, 0])  # (B, D), of its CLS token
+        text = self.text_pooler(text[:, 0])  # (B, D), of its first token
         return self.head(torch.cat([image, text], dim=1))
 
 
-def load_pretrained(kind, name, family):
-    """A model or tokeniser that transformers has under a name or in a directory."""
-    with reading(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-        if config.model_type != family:
-            raise ValueError(f"it is a {config.model_type}, only {family} is served here")
-        return kind.from_pretrained(name)
-
-
 # ---------------------------------------------------------------- data: words and images
-def split_words(text):
-    """Lower-case words and single signs."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
 def find_words(texts):
     """Our own vocabulary: what the texts have twice. Once is for learning what unknown means."""
-    counts = Counter(word for text in texts for word in split_words(text))
+    counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     return sorted(word for word, n in counts.items() if n > 1)
 
 
 def tokenise(texts, words, roberta, longest):
-    """Token ids (n, M), -1 is padding. Of our own words, 0 begins a text and 1 is unknown."""
+    """Token ids (n, M). Of our own, 0 begins a text, 1 is padding, 2 an unknown word."""
     if roberta:
-        tokeniser = load_pretrained(transformers.AutoTokenizer, roberta, "roberta")
+        tokeniser = load_model(transformers.AutoTokenizer, roberta, "roberta")
         lists = tokeniser(texts, truncation=True, max_length=longest)["input_ids"]
     else:
-        numbers = {word: i for i, word in enumerate(words, 2)}
-        lists = [[0] + [numbers.get(word, 1) for word in split_words(text)] for text in texts]
+        numbers = {word: i for i, word in enumerate(words, 3)}
+        lists = [[0] + [numbers.get(w, 2) for w in WORD.findall(text.lower())] for text in texts]
     rows = [torch.tensor(ids[:longest]) for ids in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
-def read_image(path):
-    with reading(path), Image.open(path) as file:
-        return file.convert("RGB")
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def to_pixels(image, S):
-    """An image of any size -> its pixels, uint8 (3, S, S): a central square, as in METER."""
+    """An image, or its file, -> pixels uint8 (3, S, S) of its central square, as in METER."""
+    if isinstance(image, Path):
+        with reading(image), Image.open(image) as file:
+            image = file.convert("RGB")
     steps = [v2.Resize(S, v2.InterpolationMode.BICUBIC), v2.CenterCrop(S), v2.PILToTensor()]
     return v2.Compose(steps)(image)
 
@@ -251,56 +223,60 @@ def evaluate(args, model, questions):
     rows = []
     for x, ids, scores in batches(args, questions):
         logits = model(x.to(args.device), ids.to(args.device)).cpu()  # (B, K)
-        best = logits.topk(min(10, logits.shape[1])).indices
-        rows.append(100 * scores.gather(1, best))  # (B, 10)
-    scores = torch.cat(rows)
+        best = logits.topk(min(10, logits.shape[1])).indices  # (B, 10), the best one first
+        rows.append(100 * scores.gather(1, best))  # (B, 10): how right these answers are
+    scores = torch.cat(rows)  # (n, 10)
     name = "em1" if args.data in DATA_3D else "acc"
     metrics = {name: scores[:, 0].mean().item()}
     if args.data in DATA_3D:
         metrics["em10"] = scores.amax(dim=1).mean().item()
     for kind in sorted({row.kind for row in questions.rows}):
-        chosen = [i for i, row in enumerate(questions.rows) if row.kind == kind]
-        metrics[f"{name}_{kind}"] = scores[chosen, 0].mean().item()
+        of_kind = [i for i, row in enumerate(questions.rows) if row.kind == kind]
+        metrics[f"{name}_{kind}"] = scores[of_kind, 0].mean().item()
     return metrics
 
 
 # ---------------------------------------------------------------- data: questions and answers
 class Question(NamedTuple):
-    visual: object  # the file of an image or a scene, or the number of a toy's
+    visual: object  # the Path of an image or a scene; of the toys the number
     text: str
     scores: dict  # {answer: how right it is, from 0 to 1}, the most frequent answer first
     kind: str  # the type of its answer (vqav2) or of the question itself (all others)
 
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
+DIGITS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
 def normalise_answer(text):
-    """As https://visualqa.org/evaluation.html: lower case, digits, no articles, no signs. Only that
-    apostrophes stay as they are: "dont" does not become "don't"."""
+    """As https://visualqa.org/evaluation.html, but apostrophes stay: "dont" is not "don't"."""
     text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text.lower())  # 1,000 is 1000, u.s. is us
     words = re.sub(r"[;/\[\]\"{}()=+\\_><@`,?!-]", " ", text).split()
-    return " ".join(NUMBERS.get(w, w) for w in words if w not in ("a", "an", "the"))
+    return " ".join(DIGITS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def soft_scores(answers):
     """{answer: score}. VQA's min(n / 3, 1), averaged over leaving out each of ten people."""
     counts = Counter(normalise_answer(answer) for answer in answers)
-    return {answer: min(0.3 * n, 1.0) for answer, n in counts.most_common()}
+    return {answer: min(0.3 * n, 1.0) for answer, n in counts.most_common()}  # that mean
 
 
 def question_type(text):
     """SQA3D's types: how a question begins. (VQA v2 has types of answers in its files.)"""
     types = ("What", "Is", "How", "Can", "Which")
-    return next((word for word in types if text.strip().capitalize().startswith(word)), "Others")
+    text = text.strip().capitalize()
+    return next((word for word in types if text.startswith(word)), "Others")
+
+
+def read_json(path):
+    with reading(path):
+        return json.loads(path.read_bytes())
 
 
 def read_annotated(questions, annotations):
     """Pairs (question, its annotation) of two JSON files, as VQA and SQA3D have them."""
-    annotations = json.loads(annotations.read_text())["annotations"]
-    by_question = {a["question_id"]: a for a in annotations}
-    for q in json.loads(questions.read_text())["questions"]:
+    by_question = {a["question_id"]: a for a in read_json(annotations)["annotations"]}
+    for q in read_json(questions)["questions"]:
         yield q, by_question[q["question_id"]]
 
 
@@ -311,10 +287,10 @@ def read_split(args, split):
     if args.data in ("toy2d", "toy3d"):
         images = range(4000) if split == "train" else range(4000, 4500)
         for i in images:
-            for text, answer in draw_toy(i)[1]:
+            for text, answer in draw_toy(i)[1]:  # without the image
                 rows.append(Question(i, text, {answer: 1.0}, question_type(text)))
     elif args.data == "easyvqa":
-        for text, answer, number in json.loads((root / split / "questions.json").read_text()):
+        for text, answer, number in read_json(root / split / "questions.json"):
             image = root / split / "images" / f"{number}.png"
             rows.append(Question(image, text, {answer: 1.0}, question_type(text)))
     elif args.data == "vqav2":
@@ -331,8 +307,7 @@ def read_split(args, split):
         annotations = root / f"v1_balanced_sqa_annotations_{split}_scannetv2.json"
         for q, a in read_annotated(questions, annotations):
             scene = root / "scenes" / split / f"{q['scene_id']}.npz"
-            # As in SQA3D's code, answers are compared as they are written.
-            scores = {answer["answer"]: 1.0 for answer in a["answers"]}
+            scores = {answer["answer"]: 1.0 for answer in a["answers"]}  # as written: SQA3D's way
             text = f"{q['situation']} {q['question']}"
             rows.append(Question(scene, text, scores, question_type(q["question"])))
     return rows
@@ -353,12 +328,11 @@ def batches(args, dataset, seed=None):
 
 
 class Questions(Dataset):
-    """Questions -> what look returns, tokens (M), scores of answers (K)."""
+    """Questions -> the image or scene (see look), tokens of the text (M), scores of answers (K)."""
 
     def __init__(self, args, rows):
         self.args = args
         self.rows = rows
-        self.numbers = {answer: i for i, answer in enumerate(args.classes["answers"])}
         texts = [row.text for row in rows]
         self.ids = tokenise(texts, args.classes["words"], args.text, args.longest)  # (n, M)
 
@@ -369,11 +343,8 @@ class Questions(Dataset):
         seed, index = item
         torch.default_generator.manual_seed(seed)  # the same for any number of workers
         row = self.rows[index]
-        scores = torch.zeros(len(self.numbers))
-        for answer, score in row.scores.items():
-            if answer in self.numbers:
-                scores[self.numbers[answer]] = score
-        return look(self.args, row.visual), self.ids[index], scores
+        scores = [row.scores.get(answer, 0.0) for answer in self.args.classes["answers"]]
+        return look(self.args, row.visual), self.ids[index], torch.tensor(scores)
 
 
 def look(args, visual):
@@ -382,25 +353,26 @@ def look(args, visual):
     if args.blind:
         return torch.zeros((G, 32, 9) if args.data in DATA_3D else (3, args.size, args.size))
     if args.data not in DATA_3D:
-        image = draw_toy(visual)[0] if args.data == "toy2d" else read_image(visual)
-        return to_pixels(image, args.size)
+        return to_pixels(draw_toy(visual)[0] if args.data == "toy2d" else visual, args.size)
     if args.data == "toy3d":  # the pixels of objects, each at some height
         pixels = v2.functional.pil_to_tensor(draw_toy(visual)[0]) / 255  # (3, 36, 36)
-        y, x = pixels.amax(dim=0).nonzero(as_tuple=True)
+        y, x = pixels.amax(dim=0).nonzero(as_tuple=True)  # where it is not black
         points = torch.stack([x, -y, 6 * torch.rand(len(x)), *pixels[:, y, x]], dim=1)
-    else:  # places (n, 3) in metres, z upwards, or (n, 6) with red, green, blue from 0 to 1
+    else:  # x, y, z in metres, z upwards, perhaps red, green, blue from 0 to 1
         with reading(visual), np.load(visual) as file:
             points = torch.tensor(file["points"]).float()
             if points[:1].shape not in ((1, 3), (1, 6)) or not points.isfinite().all():
                 raise ValueError("its `points` are not (n, 3) or (n, 6), or not finite")
-    # Shuffled, for the first ones become centres. Few points are repeated, missing colours black.
-    points = points[torch.randperm(max(args.points, len(points)))[: args.points] % len(points)]
-    points = F.pad(points, (0, 6 - points.shape[1]))  # (P, 6)
-    place = points[:, :3] - points[:, :3].mean(dim=0)
+        points = F.pad(points, (0, 6 - points.shape[1]))  # missing colours are black
+    # 1) P of them, in random order; a scene with fewer has some twice
+    order = torch.randperm(max(args.points, len(points)))
+    points = points[order[: args.points] % len(points)]  # (P, 6)
+    place = points[:, :3] - points[:, :3].mean(dim=0)  # the scene's middle becomes 0
     place = place / (place.norm(dim=1).max() + 1e-6)  # NOTE(paper): SQA3D's stay metres
+    # 2) the first G points are centres, each of a group of the 32 points nearest to it
     near = torch.cdist(place[:G], place).topk(32, largest=False).indices  # (G, 32)
-    centres = place[:G, None].expand(-1, 32, -1)
-    offsets = place[near] - centres
+    centres = place[:G, None].expand(-1, 32, -1)  # (G, 32, 3)
+    offsets = place[near] - centres  # (G, 32, 3), then scaled by their deviation
     return torch.cat([offsets / (offsets.std() + 1e-6), points[near, 3:], centres], dim=2)
 
 
@@ -409,13 +381,12 @@ def load_data(args):
     data = {}
     with reading(args.root):
         splits = {"test": read_split(args, "test")}
-        if not args.eval:  # validation: a tenth of train's images or scenes, with all questions
+        if not args.eval:  # validation: every tenth image or scene, with all its questions
             train = read_split(args, "train")
             held = set(sorted({row.visual for row in train})[::10])
             splits["train"] = [row for row in train if row.visual not in held]
             splits["val"] = [row for row in train if row.visual in held]
-        if not args.eval:  # what the model can say and read
-            counts = Counter(next(iter(row.scores)) for row in splits["train"])
+            counts = Counter(next(iter(row.scores)) for row in splits["train"])  # the first answers
             answers = sorted(answer for answer, n in counts.items() if n >= args.min_count)
             words = [] if args.text else find_words(row.text for row in splits["train"])
             args.classes = {"answers": answers, "words": words}
@@ -423,34 +394,34 @@ def load_data(args):
         for split, rows in splits.items():
             if split == "train":  # as METER: a question without one of our answers teaches nothing
                 rows = [row for row in rows if known & row.scores.keys()]
-            random.Random(0).shuffle(rows)
+            random.Random(0).shuffle(rows)  # so that --limit takes questions of all kinds
+            if not rows[: args.limit]:
+                raise ValueError(f"no question of {split} is left; see --limit and --min-count")
             data[split] = Questions(args, rows[: args.limit])
             for row in data[split].rows:
-                if isinstance(row.visual, Path) and not args.blind and not row.visual.exists():
+                if not (args.blind or isinstance(row.visual, int) or row.visual.exists()):
                     raise FileNotFoundError(row.visual)
     args.sizes = {split: len(questions) for split, questions in data.items()}
     return data
 
 
-# ---------------------------------------------------------------- data: a toy world
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = {"box": (4, 4), "cube": (2, 2), "pole": (1, 5), "plate": (5, 1)}  # half width, half height
 
 
 def draw_toy(index):
-    """An image of two to four objects, each in a patch of its own, and four questions about it."""
+    """An image of two to four objects, each in a cell of its own, and four questions about it."""
     rng = random.Random(index)
     image = Image.new("RGB", (36, 36))
-    n = rng.randint(2, 4)
-    cells = rng.sample(range(9), n)  # of 3 x 3
-    shapes = rng.sample(list(SHAPES), n)
-    colours = rng.choices(COLOURS, k=n)
+    cells = rng.sample(range(9), rng.randint(2, 4))  # of 3 x 3, each of 12 x 12 pixels
+    shapes = rng.sample(list(SHAPES), len(cells))  # all different, so that "the box" is one
+    colours = rng.choices(COLOURS, k=len(cells))  # may repeat
     for cell, shape, colour in zip(cells, shapes, colours, strict=True):
         x = 12 * (cell % 3) + rng.randint(5, 6)
         y = 12 * (cell // 3) + rng.randint(5, 6)
         w, h = SHAPES[shape]
         ImageDraw.Draw(image).rectangle((x - w, y - h, x + w, y + h), colour)
-    colour = rng.choice([*colours, *COLOURS])
+    colour = rng.choice([*colours, *COLOURS])  # more often one that is there
     return image, [
         (f"What color is the {shapes[0]}?", colours[0]),
         (f"What color is the {shapes[1]}?", colours[1]),
@@ -478,8 +449,9 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
     args = parse_shared(p, argv)
     args.longest = 100 if args.data in DATA_3D else 50  # tokens of a text; METER: 50
-    if args.vision and args.data in DATA_3D or args.points < 32:
-        raise UserError("--vision is for images, and --points must be at least 32")
+    clip_in_3d = args.vision and args.data in DATA_3D
+    if clip_in_3d or args.points < 32 or args.size < MODELS[args.model]["patch"]:
+        raise UserError("--vision is for images; --points: at least 32; --size: at least a patch")
     return args
 
 
@@ -487,35 +459,30 @@ def build_model(args, kind, seed):
     torch.manual_seed(seed)
     c = MODELS[args.model]
     D = c["D"]
-    layer = {"D": D, "heads": c["heads"], "dropout": c["dropout"]}
-    if args.vision:
-        image_encoder = CLIPEncoder(args.vision, D)
-    elif args.data in DATA_3D:
+    words = len(args.classes["words"])
+    text_encoder = TextEncoder(args.text, D, words, args.longest, c["dropout"])
+    if args.data in DATA_3D:
         image_encoder = SceneEncoder(D)
     else:
-        image_encoder = ImageEncoder(**layer, depth=c["depth"], patch=c["patch"], S=args.size)
-    if args.text:
-        text_encoder = RobertaEncoder(args.text, D)
-    else:
-        text_encoder = TextEncoder(D, len(args.classes["words"]), args.longest)
+        image_encoder = ImageEncoder(args.vision, D, c["depth"], c["heads"], c["patch"], args.size)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     llm = LLMBlock(args.llm, D, args.layers, kind, seed, dtype)
-    sizes = layer | {"fusion": c["fusion"], "K": len(args.classes["answers"])}
-    return VQA(image_encoder, text_encoder, **sizes, llm=llm)
+    sizes = {"fusion": c["fusion"], "heads": c["heads"], "dropout": c["dropout"]}
+    K = len(args.classes["answers"])
+    return VQA(image_encoder, text_encoder, D, K=K, llm=llm, **sizes)
 
 
 def param_groups(args, model):
-    """Weight decay on matrices alone. With pre-trained encoders, METER's rates: --lr is theirs,
-    what is new has 5 times that, the head 50 times."""
+    """Weight decay on matrices alone. Beside CLIP or RoBERTa, METER's rates: --lr is theirs."""
     groups = {}
     for name, p in model.named_parameters():
-        plain = p.ndim == 1 or name.endswith(("cls_token", "pos_embed", "words.weight"))
+        decay = args.weight_decay if p.ndim > 1 else 0.0
         scale = 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
         elif (args.vision or args.text) and ".encoder." not in name:
-            scale = 50.0 if name.startswith("head") else 5.0
-        groups.setdefault((0.0 if plain else args.weight_decay, scale), []).append(p)
+            scale = 50.0 if name.startswith("head") else 5.0  # what is new learns faster
+        groups.setdefault((decay, scale), []).append(p)
     return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
 
 
@@ -541,7 +508,7 @@ def parse_shared(p, argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--out", default="runs", help="directory of all runs")
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
-    p.error = fail
+    p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
     if args.eval:  # the checkpoint's settings are the defaults
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
@@ -562,14 +529,14 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
-    ddp = DistributedDataParallel(model) if WORLD > 1 else model
+    ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
         start = time.perf_counter()
-        loader = batches(args, data["train"], 1000 * seed + epoch)
+        loader = batches(args, data["train"], 1000 * seed + epoch)  # the same for all arms
         steps = len(loader)
         total = 0
-        model.train()
+        model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
             # All randomness follows from the seed and the step: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
@@ -593,7 +560,7 @@ def train(args, kind, seed, data):
         row["val"] = args.autocast(evaluate)(args, model, data["val"])
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
-    model.load_state_dict(read(out / "best.pt", TASK)["model"])
+    model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
     if RANK == 0:
         save(state | {"model": model.state_dict()}, out / "last.pt")
@@ -630,8 +597,8 @@ def save_epoch(out, state, row, model, optimizer):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
-            save(state | {"optimizer": None}, out / "best.pt")
-        save(state, out / "last.pt")
+            save(state | {"optimizer": None}, out / "best.pt")  # the model alone
+        save(state, out / "last.pt")  # all that resuming needs
     if WORLD > 1:
         dist.barrier()  # until they are written
 
@@ -659,7 +626,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
         torch.get_device_module(args.device).set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_data(args)
+    data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
         raise UserError(f"{args.sizes}: too few samples")
     print(TASK, args.data, args.model, args.device, args.sizes)

@@ -5,6 +5,7 @@ python -m pytest tests/test_video.py -q         # LLMBLOCK_DATA=DIR adds DIR/vid
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,197 +14,197 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_video  # noqa: E402
+import train_video as tv  # noqa: E402
 from llmblock import UserError  # noqa: E402
 
-SMALL = ["--limit", "8", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
-T = train_video.MODELS["micro"]["T"]
-S = train_video.MODELS["micro"]["S"]
+M = tv.MODELS["micro"]
+T = M["T"]
+S = M["S"]
 torch.set_num_threads(1)
 
 
-def write_frames(path, n, size=(60, 50)):
+def arguments(*argv, classes=12):
+    args = tv.parse_args(["--workers", "0", "--device", "cpu", *map(str, argv)])
+    args.classes = [str(i) for i in range(classes)]
+    return args
+
+
+def write_frames(path, n):
     """A clip as a folder of frames; frame i has the brightness 5 i."""
     path.mkdir(parents=True)
     for i in range(n):
-        Image.new("RGB", size, (5 * i, 5 * i, 5 * i)).save(path / f"{i:03}.png")
+        Image.new("RGB", (60, 50), (5 * i, 5 * i, 5 * i)).save(path / f"{i:03}.png")
+    return path
 
 
-def write_folder(root):
-    for split in ("train", "val"):
-        for name in ("fall", "rise"):
-            for k in range(10):
-                write_frames(root / split / name / str(k), 8 + k)
-    return root
-
-
-def brightness(x):
-    return (x.float().mean(dim=(-3, -2, -1)) / 5).round()  # (V, T): numbers of the frames
+def frames_in(x):
+    """Numbers of the frames of each view."""
+    return (x.float().mean(dim=(-3, -2, -1)) / 5).round().int().tolist()  # (V, T)
 
 
 def test_a_frame_of_each_segment_is_shown(tmp_path):
-    write_frames(tmp_path / "clip", 2 * T)
-    first = train_video.read_clip(tmp_path / "clip", torch.zeros(1, T), S)
-    assert brightness(first)[0].tolist() == list(range(0, 2 * T, 2))
-    last = train_video.read_clip(tmp_path / "clip", torch.full((1, T), 0.999), S)
-    assert brightness(last)[0].tolist() == list(range(1, 2 * T, 2))
+    clip = write_frames(tmp_path / "clip", 2 * T)
+    even = list(range(0, 2 * T, 2))
+    odd = list(range(1, 2 * T, 2))
+    assert frames_in(tv.read_clip(clip, torch.zeros(1, T), S)) == [even]
+    assert frames_in(tv.read_clip(clip, torch.full((1, T), 0.999), S)) == [odd]
     # Two temporal views: the middle and the beginning of each segment; three crops of each.
-    args = train_video.parse_args(["--views", "2x3"])
-    views, label = train_video.Clips([(tmp_path / "clip", 1)], args, "2x3")[0, 0]
-    assert views.shape == (6, T, 3, S, S) and label == 1
-    shown = {tuple(row) for row in brightness(views).tolist()}
-    assert shown == {tuple(range(1, 2 * T, 2)), tuple(range(0, 2 * T, 2))}
-    with pytest.raises(UserError, match="empty"):
-        (tmp_path / "empty").mkdir()
-        train_video.read_clip(tmp_path / "empty", torch.zeros(1, T), S)
+    x, label = tv.Clips([(clip, 1)], arguments(), "2x3")[0, 0]
+    assert x.shape == (6, T, 3, S, S) and label == 1
+    assert sorted(frames_in(x)) == 3 * [even] + 3 * [odd]
 
 
-def test_copies_of_a_clip_share_their_frames_and_are_never_mixed_with_each_other(
-    tmp_path, monkeypatch
-):
-    args = train_video.parse_args(["--recipe", "videomae", "--limit", "8"])
-    monkeypatch.setattr(train_video.v2, "RandAugment", lambda *args: torch.nn.Identity())
-    data = train_video.load_data(args)["train"]
-    samples = [data[5, i] for i in range(4)]
-    assert all(x.shape[0] == 2 for x, _ in samples)
-    write_frames(tmp_path / "clip", 45)
-    copies, _ = train_video.Clips([(tmp_path / "clip", 0)], args)[7, 0]
-    assert torch.equal(*brightness(copies))
+def test_views_are_averaged_and_accuracy_equals_a_count_by_hand(monkeypatch):
+    p = torch.zeros(4, 2, 7)  # what the model says of two views of four clips
+    p[0] = torch.tensor([[0.7, 0.3, 0, 0, 0, 0, 0], [0.1, 0.3, 0.3, 0.3, 0, 0, 0]])
+    p[1] = p[0].flip(0)  # the average says 0; the average of logarithms and one view say 1
+    p[2:] = torch.tensor([0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05])
+    labels = torch.tensor([0, 0, 4, 5])  # twice first, among five, not among five
+    clips = list(zip(p.split(1), labels.split(1), strict=True))
+    monkeypatch.setattr(tv, "batches", lambda args, clips: clips)
+    monkeypatch.setattr(tv, "normalise", torch.log)
+    assert tv.evaluate(arguments(), nn.Identity(), clips) == {"top1": 50.0, "top5": 75.0}
+
+
+def test_copies_share_their_frames_and_are_never_mixed_with_each_other(tmp_path, monkeypatch):
+    args = arguments("--recipe", "videomae")
+    monkeypatch.setattr(tv.v2, "RandAugment", lambda *args: nn.Identity())
+    clip = write_frames(tmp_path / "clip", 45)
+    copies, _ = tv.Clips([(clip, 0)], args)[7, 0]
+    first, second = frames_in(copies)
+    assert first == second
     # All clips of different classes: a target that names one class was mixed with its twin.
     targets = []
-
-    def remember(logits, y, label_smoothing):
-        targets.append(y)
-        return logits.sum()
-
-    monkeypatch.setattr(train_video.F, "cross_entropy", remember)
-    x = torch.stack([x for x, _ in samples])
+    monkeypatch.setattr(tv.F, "cross_entropy", lambda x, y, label_smoothing: targets.append(y))
+    x = torch.randint(256, (4, 2, T, 3, S, S), dtype=torch.uint8)
     for seed in range(8):
         torch.manual_seed(seed)
-        model = lambda x: torch.zeros(len(x), len(args.classes))  # noqa: E731
-        train_video.compute_loss(args, model, [x, torch.arange(4)])
+        tv.compute_loss(args, lambda x: None, [x, torch.arange(4)])
     for y in targets:
-        assert y.shape == (8, len(args.classes))
+        assert y.shape == (8, 12)
         assert ((y > 0).sum(1) == 2).all() or (y.max(1).values > 0.999).all()
 
 
-def test_published_weights_give_the_features_of_transformers(tmp_path):
-    m = train_video.MODELS["micro"]
+def test_the_lower_a_layer_the_slower_it_learns():
+    args = arguments("--layer-decay", 0.5, "--proj-lr", 3)
+    model = tv.build_model(args, "linear", 0)
+    scale = {id(p): g["lr_scale"] for g in tv.param_groups(args, model) for p in g["params"]}
+    for part, expected in {
+        model.patch_embed: 1 / 16, model.blocks[0]: 1 / 8, model.blocks[2]: 1 / 2,
+        model.fc_norm: 1, model.head: 1, model.llm: 3,
+    }.items():  # fmt: skip
+        assert {scale[id(p)] for p in part.parameters()} == {expected}
+
+
+def rename(theirs):
+    """transformers' weights under VideoMAE's names."""
+    patch = theirs.videomae.embeddings.patch_embeddings.projection
+    parts = {"patch_embed.proj": patch, "fc_norm": theirs.fc_norm, "head": theirs.classifier}
+    weights = {}
+    [layers] = [m for m in theirs.modules() if isinstance(m, nn.ModuleList)]
+    for i, layer in enumerate(layers):
+        linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+        q, k, v, proj, fc1, fc2 = linears  # in the order of the computation
+        weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat([q.weight, k.weight, v.weight])
+        weights[f"blocks.{i}.attn.q_bias"] = q.bias
+        weights[f"blocks.{i}.attn.v_bias"] = v.bias
+        own = {"attn.proj": proj, "mlp.fc1": fc1, "mlp.fc2": fc2}
+        own |= {"norm1": layer.layernorm_before, "norm2": layer.layernorm_after}
+        parts |= {f"blocks.{i}.{name}": part for name, part in own.items()}
+    for name, part in parts.items():
+        for key, w in part.named_parameters():
+            weights[f"{name}.{key}"] = w
+    return weights
+
+
+@torch.no_grad()
+def test_published_weights_give_the_logits_of_transformers(tmp_path):
     config = VideoMAEConfig(
-        hidden_size=m["D"], num_hidden_layers=m["depth"], num_attention_heads=m["heads"],
-        intermediate_size=4 * m["D"], image_size=m["S"], patch_size=m["patch"], num_frames=m["T"],
+        hidden_size=M["D"], num_hidden_layers=M["depth"], num_attention_heads=M["heads"],
+        intermediate_size=4 * M["D"], image_size=S, patch_size=M["patch"], num_frames=T,
         num_labels=12, layer_norm_eps=1e-6, use_mean_pooling=True,
     )  # fmt: skip
     theirs = VideoMAEForVideoClassification(config).eval()
     for p in theirs.parameters():
-        p.data = 0.2 * torch.randn_like(p) + (p.data.mean() > 0.9)
-    args = train_video.parse_args(["--recipe", "videomae"])
-    args.classes = list("abcdefghijkl")
-    ours = train_video.build_model(args, "none", 0).eval()
-    state = theirs.state_dict()
-    patch = [k for k in state if k.endswith("projection.weight")]
-    norms = [k for k in state if k.startswith("fc_norm")]
-    weights = {
-        "patch_embed.proj.weight": state[patch[0]],
-        "patch_embed.proj.bias": state[patch[0].replace("weight", "bias")],
-        "fc_norm.weight": state[norms[0]], "fc_norm.bias": state["fc_norm.bias"],
-        "head.weight": state["classifier.weight"], "head.bias": state["classifier.bias"],
-    }  # fmt: skip
-    mapping = dict(norm1="layernorm_before", norm2="layernorm_after")
-    for i, layer in enumerate(find_layers(theirs)):
-        own = dict(layer.named_parameters())
-        for ours_name, name in mapping.items():
-            for part in ("weight", "bias"):
-                weights[f"blocks.{i}.{ours_name}.{part}"] = own[f"{name}.{part}"]
-        matrices = [p for name, p in own.items() if p.ndim == 2]
-        q, k, v, proj, fc1, fc2 = matrices  # in the order of the computation
-        weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat([q, k, v])
-        names = {id(p): name for name, p in own.items()}
-        for target, p in (("attn.proj", proj), ("mlp.fc1", fc1), ("mlp.fc2", fc2)):
-            weights[f"blocks.{i}.{target}.weight"] = p
-            weights[f"blocks.{i}.{target}.bias"] = own[names[id(p)].replace("weight", "bias")]
-        for letter, p in (("q", q), ("v", v)):
-            bias = names[id(p)].replace("weight", "bias")
-            weights[f"blocks.{i}.attn.{letter}_bias"] = own[bias]
-    torch.save({"module": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "videomae.pth")
-    train_video.load_init(ours, tmp_path / "videomae.pth")
-    x = torch.randn(2, m["T"], 3, m["S"], m["S"])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-3)
-
+        p.copy_(0.2 * torch.randn_like(p) + (p.mean() > 0.9))
+    weights = rename(theirs)
+    file = tmp_path / "videomae.pth"
+    args = arguments("--recipe", "videomae", "--init", file)
+    torch.save({"module": weights, "args": argparse.Namespace(lr=1)}, file)
+    x = torch.randn(2, T, 3, S, S)
+    logits = tv.build_model(args, "none", 0).eval()(x)
+    torch.testing.assert_close(logits, theirs(x).logits, rtol=0, atol=1e-3)
     # A pre-training file: its names have a prefix, and no head; a new one starts near nothing.
     bare = {f"encoder.{k}": w for k, w in weights.items() if not k.startswith(("head", "fc_norm"))}
-    torch.save({"model": bare}, tmp_path / "bare.pth")
-    train_video.load_init(ours, tmp_path / "bare.pth")
-    assert ours.head.bias.eq(0).all() and ours.head.weight.abs().max() < 0.01
+    torch.save({"model": bare}, file)
+    model = tv.build_model(args, "none", 0)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
+    assert model.head.bias.eq(0).all() and model.head.weight.abs().max() < 0.01
     del bare["encoder.blocks.1.norm1.bias"]
-    torch.save({"model": bare}, tmp_path / "bare.pth")
+    torch.save({"model": bare}, file)
     with pytest.raises(UserError, match="lacks blocks.1.norm1.bias"):
-        train_video.load_init(ours, tmp_path / "bare.pth")
-
-
-def find_layers(model):
-    """The transformer layers of transformers' VideoMAE, whatever it calls their list."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            return list(module)
+        tv.build_model(args, "none", 0)
 
 
 def test_class_folders_of_frames(tmp_path):
-    root = write_folder(tmp_path / "data")
-    argv = [*SMALL, "--data", "folder", "--root", str(root), "--block", "none"]
-    argv += ["--out", str(tmp_path / "runs")]
-    trained = train_video.main(argv)[0]
-    best = next((tmp_path / "runs").rglob("best.pt"))
-    (root / "train").rename(tmp_path / "elsewhere")  # --eval needs the test clips alone
-    tested = train_video.main(["--eval", str(best), *argv])[0]
-    assert tested["metrics"] == trained["metrics"]
-    with pytest.raises(UserError, match="nowhere"):
-        train_video.main([*argv[:6], "--data", "ssv2", "--root", str(tmp_path / "nowhere")])
-    (root / "val/fall/3/002.png").write_bytes(b"no picture")
-    args = train_video.parse_args(["--data", "folder", "--root", str(root), "--eval", str(best)])
-    clips = train_video.load_data(args)["test"]
-    with pytest.raises(UserError, match="fall/3"):
-        for i in range(len(clips)):
-            clips[0, i]
+    for k in range(20):
+        write_frames(tmp_path / ("train/fall", "train/rise")[k % 2] / str(k), 2)
+    write_frames(tmp_path / "val/rise/a", 2)
+    args = tv.parse_args(["--data", "folder", "--root", str(tmp_path)])
+    data = tv.load_data(args)
+    assert args.sizes == {"test": 1, "val": 2, "train": 18} and args.classes == ["fall", "rise"]
+    for clip, label in data["train"].pairs + data["val"].pairs:
+        assert clip.parent == tmp_path / "train" / args.classes[label]
+    test = data["test"]
+    assert test.pairs == [(tmp_path / "val/rise/a", 1)]
+    (tmp_path / "val/rise/a/000.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="rise/a: UnidentifiedImageError"):
+        test[0, 0]
 
 
-def test_ssv2s_labels(tmp_path):
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "20bn-something-something-v2").mkdir()
-    (tmp_path / "labels/labels.json").write_text(json.dumps({"Turning [something]": "1", "A": "0"}))
-    rows = []
-    for i in range(4):
-        rows.append({"id": str(i), "template": "Turning [something]"})
-        (tmp_path / f"20bn-something-something-v2/{i}.webm").write_bytes(b"")
-    for file in ("train", "validation"):
-        (tmp_path / f"labels/{file}.json").write_text(json.dumps(rows))
-    args = train_video.parse_args(["--data", "ssv2", "--root", str(tmp_path)])
-    names = {"Turning something": "1", "A": "0"}
-    (tmp_path / "labels/labels.json").write_text(json.dumps(names))
-    pairs = train_video.find_clips(args, "val")
-    assert args.classes == ["A", "Turning something"] and {label for _, label in pairs} == {1}
-    assert {clip.name for clip, _ in pairs} == {f"{i}.webm" for i in range(4)}
+def test_ssv2(tmp_path):
+    rows = {}
+    for file, i in (("train", 1), ("validation", 2)):
+        rows[file] = [{"id": f"{i}{k}", "template": "Turning [something]"} for k in range(10)]
+    for path in (tmp_path / "labels", tmp_path / "20bn-something-something-v2"):
+        path.mkdir()
+    for row in rows["train"] + rows["validation"]:
+        (path / f"{row['id']}.webm").write_bytes(b"")
+    rows["labels"] = {"Turning something": "1", "Zipping something": "0"}
+    for file, content in rows.items():
+        (tmp_path / f"labels/{file}.json").write_text(json.dumps(content))
+    args = tv.parse_args(["--data", "ssv2", "--root", str(tmp_path)])
+    data = tv.load_data(args)
+    assert args.classes == ["Zipping something", "Turning something"]
+    for split, start in {"train": "1", "val": "1", "test": "2"}.items():
+        assert {(clip.name[0], label) for clip, label in data[split].pairs} == {(start, 1)}
+    (path / "23.webm").unlink()
+    with pytest.raises(UserError, match=f"{tmp_path}.*23.webm"):
+        tv.load_data(args)
 
 
-def test_toy_masks_cover_the_moving_disc():
-    frames, _, masks = train_video.draw_toy(3, T, S)
-    frames = np.stack(frames).astype(int)
-    background = frames[0][~masks[0]][0]
-    assert (frames[~masks] == background).all() and (frames[masks] != background).any(1).all()
-    assert len({mask.tobytes() for mask in masks}) == T  # it moves in every step
+def test_toy_discs_move_to_the_hour_that_is_their_class():
+    for i in range(20):
+        frames, hour, masks = tv.draw_toy(i, T, S)
+        assert len(np.unique(frames[masks], axis=0)) == len(np.unique(frames[~masks], axis=0)) == 1
+        # A shift turns the phases of a picture's waves, also where what leaves it returns.
+        waves = np.fft.fft2(masks)[:, :2, :2]
+        turns = np.angle(waves[T // 2] / waves[0])
+        angle = math.degrees(math.atan2(-turns[0, 1], turns[1, 0]))
+        assert f"{round(angle / 30) % 12} o'clock" == hour
 
 
 @pytest.mark.skipif("LLMBLOCK_DATA" not in os.environ, reason="LLMBLOCK_DATA is not set")
 def test_real_video_files():
     pytest.importorskip("av")
     folder = Path(os.environ["LLMBLOCK_DATA"]) / "video"
-    files = [p for p in (folder / "formats").rglob("*") if p.suffix in (".mp4", ".avi", ".webm")]
+    files = [*folder.glob("formats/**/*.mp4"), *folder.glob("formats/**/*.avi")]
     files += sorted(folder.glob("sprites_ssv2/*/*.webm"))[:3]
-    assert len(files) > 5
+    assert len({file.suffix for file in files}) == 3
     for file in files:
-        x = train_video.read_clip(file, torch.full((1, T), 0.5), S)
+        x = tv.read_clip(file, torch.full((1, T), 0.5), S)
         assert x.shape[:3] == (1, T, 3) and x.float().std() > 5
