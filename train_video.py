@@ -238,7 +238,7 @@ def find_clips(args, split):
     """Pairs (clip, class) of train or val. Sets args.classes, unless a checkpoint has done so."""
     root = Path(args.root)
     if args.data == "toy":
-        clips = range(1_500) if split == "train" else range(1_500, 2_500)
+        clips = range(1_200) if split == "train" else range(1_200, 2_000)
         names = [draw_toy(i, 1, 8)[1] for i in clips]
     elif args.data == "folder":
         clips = sorted(root.glob(f"{split}/*/[!.]*"))

@@ -1,9 +1,9 @@
 """Make README's two tables and RESULTS.md from results.jsonl.
 
-    python tests/make_results.py                        # rewrite them
-    grep -h ^RESULT LOG... >> tests/results.jsonl       # how a line gets in: as it was printed
+    python tests/make_results.py
 
-Each line there is a RESULT line as printed, with the commit and the machine added.
+A line of results.jsonl is a RESULT line as it was printed, with four things added: the best value
+on validation data ("val"), command, commit and machine.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
-from visualize import group_results, read_results, results_table, spread  # noqa: E402
+import visualize  # noqa: E402
 
 ARMS = ("none", "random", "shuffled", "pretrained")
 PAPER = {  # none -> pretrained, its own setting
@@ -19,30 +19,46 @@ PAPER = {  # none -> pretrained, its own setting
     "video": "64.7 → 65.9 (SSv2)", "motion": "0.77 → 0.76 m (Argoverse)",
     "vqa": "69.6 → 70.2 (VQA v2), 47.2 → 48.1 (SQA3D)", "retrieval": "49.7 → 50.2 (Flickr30k)",
 }  # fmt: skip
+HEAD = """# All results
+
+Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard
+deviation over the seeds of an arm; the difference to `none` is paired by seed, ± its 95 % interval
+(two seeds or more). proj-lr: the rate of the block's projections as a part of lr; val: the first
+metric on validation data, seed 0, by which a rate is chosen. Toys are drawn by the scripts;
+tiny_llm is the bundled Llama. smollm2-135m-instruct is SmolLM2-135M-Instruct, its layers
+de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStories with 2.09 nats a
+token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` gets the original."""
 
 
-def summary(results, real):
-    """A row for each data set, arms in columns: the first metric, of the runs with most seeds."""
-    lines = ["| task, data | metric | " + " | ".join(f"`{arm}`" for arm in ARMS)]
-    lines[0] += " | paper |" if real else " |"
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    for name, arms in group_results(results).items():
+def read_results():
+    results = visualize.read_results(TESTS / "results.jsonl")
+    for r in results:
+        r["data"] += ", blind" * ("--blind" in r["command"])
+    return visualize.group_results(results)
+
+
+def choose(arms, kind, task):
+    """The runs of a kind, at the rate of its projections that is best on validation, seed 0."""
+    best = min if task == "motion" else max
+    runs = [r for arm, r in arms.items() if arm[0] == kind and "gemma" not in arm[1]]
+    return best(runs, key=lambda r: r[0]["val"], default=[])
+
+
+def summary(groups, real):
+    """README's table: a row for each data set, arms in columns, the first metric."""
+    head = ["task, data", "metric", *[f"`{kind}`" for kind in ARMS]]
+    rows = [[*head, "paper"] if real else head]
+    for name, arms in groups.items():
         task, data = name.split()[:2]
-        if data.startswith("toy") == real:
-            continue
-        first = next(iter(arms.values()))[0]
-        cells = [f"{task}, {data}", next(iter(first["metrics"]))]
-        for kind in ARMS:
-            runs = [r for arm, r in arms.items() if arm[0] == kind and arm[3] in ("", "1.0")]
-            best = max(runs, key=len, default=[])
-            cells.append(
-                spread([next(iter(r["metrics"].values())) for r in best]) if best else "not run"
-            )
-        lines.append("| " + " | ".join(cells + [PAPER[task]] * real) + " |")
-    there = {name.split()[0] for name in group_results(results) if " toy" not in name}
-    for task in sorted(PAPER.keys() - there) if real else ():
-        lines.append(f"| {task} | |" + " not run |" * len(ARMS) + f" {PAPER[task]} |")
-    return "\n".join(lines)
+        if data.startswith("toy") != real:
+            metric = next(iter(next(iter(arms.values()))[0]["metrics"]))
+            row = [name.split(" micro")[0].replace(" ", ", ", 1), metric]
+            for kind in ARMS:
+                runs = choose(arms, kind, task)
+                cell = visualize.spread([r["metrics"][metric] for r in runs]) if runs else "not run"
+                row.append(cell + " †" * bool(runs and runs[0]["proj_lr"] < 1))
+            rows.append([*row, PAPER[task]] if real else row)
+    return visualize.markdown(rows)
 
 
 def fill(text, mark, table):
@@ -52,30 +68,18 @@ def fill(text, mark, table):
     return f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}"
 
 
-def all_tables(results):
+def all_tables(groups):
     """RESULTS.md."""
-    parts = [HEAD]
-    for name, arms in group_results(results).items():
-        parts.append(f"## {name}\n\n{results_table(arms)}")
-    return "\n\n".join(parts) + "\n"
-
-
-HEAD = """# All results
-
-Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard
-deviation over the seeds of an arm; the difference to `none` is paired by seed, ± its 95 % interval
-(two seeds or more). proj-lr: the rate of the block's projections as a part of lr. Toys are drawn by
-the scripts; tiny_llm is the bundled Llama. smollm2-135m-instruct is SmolLM2-135M-Instruct, its
-layers de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStories with 2.09
-nats a token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` gets it."""
+    parts = [f"## {name}\n\n{visualize.results_table(arms)}" for name, arms in groups.items()]
+    return "\n\n".join([HEAD, *parts]) + "\n"
 
 
 def main():
-    results = read_results(TESTS / "results.jsonl")
+    groups = read_results()
     readme = TESTS.parent / "README.md"
-    text = fill(readme.read_text(), "toys", summary(results, real=False))
-    readme.write_text(fill(text, "real", summary(results, real=True)))
-    (TESTS / "RESULTS.md").write_text(all_tables(results))
+    text = fill(readme.read_text(), "toys", summary(groups, real=False))
+    readme.write_text(fill(text, "real", summary(groups, real=True)))
+    (TESTS / "RESULTS.md").write_text(all_tables(groups))
 
 
 if __name__ == "__main__":

@@ -246,11 +246,8 @@ def test_a_published_file_gives_the_published_logits(tmp_path, prefix, capsys):
     args.classes = args.classes[:5]  # then the head is a new one
     assert len(pc.build_model(args, "none", 0).cls_head_finetune[3].weight) == 5
     name = "reduce_dim.weight"
-    for w, words in {
-        None: f"lacks {name}",
-        torch.zeros(3, 5): "in another shape",
-        7: "a.pth",
-    }.items():
+    wrong = [(None, f"lacks {name}"), (torch.zeros(3, 5), "in another shape"), (7, "cannot use")]
+    for w, words in wrong:
         publish(tmp_path / "a.pth", prefix, **{name: w})
         with pytest.raises(UserError, match=words):
             pc.build_model(args, "none", 0)
