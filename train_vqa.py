@@ -77,7 +77,7 @@ class ImageEncoder(nn.Module):
         clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
         self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
         self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER skips the last one
-        self.join = nn.Linear(self.encoder.config.hidden_size, D)
+        self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, x):
         mean = [0.48145466, 0.4578275, 0.40821073]  # of CLIP's own training images
@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
         config = transformers.RobertaConfig(**size)
         self.encoder = load_model(transformers.RobertaModel, name, "roberta", config).float()
         self.encoder.pooler = None  # METER has poolers of its own, after the fusion
-        self.join = nn.Linear(self.encoder.config.hidden_size, D)
+        self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, ids):
         mask = ids != PAD
@@ -263,9 +263,11 @@ def soft_scores(answers):
 
 def question_type(text):
     """SQA3D's types: how a question begins. (VQA v2 has types of answers in its files.)"""
-    types = ("What", "Is", "How", "Can", "Which")
     text = text.strip().capitalize()
-    return next((word for word in types if text.startswith(word)), "Others")
+    for word in ("What", "Is", "How", "Can", "Which"):
+        if text.startswith(word):
+            return word
+    return "Others"
 
 
 def read_json(path):

@@ -42,8 +42,7 @@ def look(task, model, inputs):
     """One sample's {stage: tokens (N, D)}, and how much the host's last attention sees each (N)."""
     attend = F.scaled_dot_product_attention  # what every attention calls
     reached = []  # what the block is called with, and before it the host's last attention
-    # in METER's layers, three more attentions come after the image's own
-    last = -4 if task in ("vqa", "retrieval") else -1
+    last = -4 if task in ("vqa", "retrieval") else -1  # METER: three more after the image's own
 
     def remember(block, args):
         reached.append((args, spy.call_args_list[last].args))
@@ -130,10 +129,9 @@ def measure_masks(script, args, model, root):
         mask = F.avg_pool2d(mask.float(), size["patch"]).flatten() >= 0.5  # (N): half of a patch
         if mask.all() or not mask.any():
             continue
-        shuffled = torch.randperm(len(mask))
         maps = heat_maps(script.TASK, *look(script.TASK, model, [script.normalise(x[None])]))
         for name, heat in maps.items():
-            row = score(heat, mask) + score(heat[shuffled], mask)
+            row = score(heat, mask) + score(heat[torch.randperm(len(heat))], mask)
             scores.setdefault(name, []).append(row)
     if not scores:
         raise UserError(f"{root} has no images/NAME with masks/NAME that is partly foreground")
@@ -311,7 +309,7 @@ class Run(NamedTuple):
 def draw_samples(runs):
     """A row for each sample in each run, the same samples below each other."""
     rows = []
-    for same_sample in zip(*[one.samples for one in runs], strict=True):
+    for same_sample in zip(*[one.samples for one in runs], strict=False):
         rows += same_sample
     columns = list(max((tiles for _, tiles in rows), key=len))
     _, tiles = rows[0]
@@ -359,7 +357,6 @@ def draw_curves(arms):
     return picture
 
 
-# ---------------------------------------------------------------- the whole
 def open_run(path, masks, flags):
     """Task with data and model, the Run, and the RESULT (None: unfinished) of a checkpoint."""
     with reading(path):
@@ -407,15 +404,18 @@ def main(argv=None):
         if path.suffix == ".jsonl":
             results += read_results(path)
             continue
-        default = [path / "best.pt"] if path.is_dir() else [path]
-        for checkpoint in sorted(path.rglob("best.pt")) or default:
+        for checkpoint in sorted(path.rglob("best.pt")) or [path]:
             task, one, result = open_run(checkpoint, args.masks, flags)
-            tasks.setdefault(task, {}).setdefault(one.arm, []).append(one)
+            runs = tasks.setdefault(task, {}).setdefault(one.arm, [])
+            if one.seed in [other.seed for other in runs]:
+                print(f"{checkpoint} is left out: there is another {one.arm}, seed {one.seed}")
+                continue
+            runs.append(one)
             results.append(result)
     for group, arms in group_results(results).items():
         print(f"\n{group}\n\n{results_table(arms)}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     for task, arms in tasks.items():
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         firsts = [runs[0] for runs in arms.values()]
         name = f"{task}, {firsts[0].arm}, s{firsts[0].seed}" if len(arms) == 1 else task
         path = Path(args.out, name.replace(", ", "-").replace(" ", "-"))

@@ -1,7 +1,4 @@
-"""train_motion.py: metrics, the target's frame, polylines, files of Argoverse, the toy. CPU.
-
-python -m pytest tests/test_motion.py -q        # LLMBLOCK_DATA=DIR adds DIR/motion
-"""
+"""train_motion.py: metrics, frame, readers, the toy. LLMBLOCK_DATA=DIR adds DIR/motion."""
 
 import csv
 import json
@@ -19,7 +16,6 @@ import train_motion as tm  # noqa: E402
 from llmblock import UserError  # noqa: E402
 
 REAL = Path(os.environ.get("LLMBLOCK_DATA", "/nowhere")) / "motion"
-torch.set_num_threads(1)
 
 
 def parse(*argv):
@@ -44,19 +40,12 @@ def same(a, b, atol=1e-4):
     return all(x.shape == y.shape and np.allclose(x, y, 0, atol, True) for x, y in pairs)
 
 
-def always(*answer):
-    """A model that always gives the same answer."""
-    model = nn.Module()
-    model.forward = lambda agents, lanes: answer
-    return model
-
-
 def test_metrics_by_hand():
-    """Two scenes, three trajectories, two steps. The best one ends nearest: its average error
-    counts, also where another's is smaller."""
+    # The best trajectory ends nearest: its average error counts, also where another's is smaller.
     errors = torch.tensor([[[1, 3.0], [9, 1], [0, 2]], [[7, 4], [8, 8], [2, 5]]])  # (B, K, T)
     p = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.3, 0.6]])
-    model = always(torch.stack([0 * errors, errors], dim=-1), p.log())
+    model = nn.Module()
+    model.forward = lambda agents, lanes: (torch.stack([0 * errors, errors], dim=-1), p.log())
     scene = [np.zeros(shape, np.complex64) for shape in ((1, 20), (1, 20), 2)]
     metrics = tm.evaluate(parse(), model, tm.Scenes([scene, scene], mirror=False))
     expected = {"minADE6": (5 + 5.5) / 2, "minFDE6": (1 + 4) / 2, "MR6": 50, "MR1": 100}
@@ -64,16 +53,6 @@ def test_metrics_by_hand():
     expected |= {"brier-minFDE6": (1 + 0.8**2 + 4 + 0.9**2) / 2}
     assert metrics == pytest.approx(expected)
     assert next(iter(metrics)) == "minADE6" and tm.BEST is min
-
-
-def test_only_the_trajectory_that_ends_nearest_learns():
-    modes = torch.randn(5, 6, 30, 2, requires_grad=True)
-    confidence = torch.randn(5, 6, requires_grad=True)
-    model = always(modes, confidence)
-    tm.compute_loss(parse(), model, [torch.zeros(5, 30, 2)] * 3).backward()
-    winner = nn.functional.one_hot(modes[:, :, -1].norm(dim=-1).argmin(1), 6)
-    assert torch.equal(modes.grad.abs().sum((2, 3)) > 0, winner > 0)
-    torch.testing.assert_close(confidence.grad, (confidence.softmax(1) - winner).detach() / 5)
 
 
 def test_translating_and_rotating_a_scene_changes_nothing():
@@ -98,25 +77,6 @@ def test_order_and_padding_change_nothing_but_gaps_do():
     tracks[1, 5:15] = tm.UNSEEN
     [gap] = forecast(scene_of(tracks, lanes))
     assert not same(gap, alone, 1e-5) and gap[0].isfinite().all()
-
-
-def test_what_is_far_away_is_not_seen():
-    t = np.arange(50.0)
-    lane = np.linspace(-100, 90, 20)
-    tracks = np.stack([t - 19, 0 * t + 64j, 0 * t + 66j, t * 0 + 5j, t - 19 + 3j])
-    tracks[3, ::2] = tm.UNSEEN  # never twice in a row
-    agents, lanes, _ = scene_of(tracks, np.stack([lane, lane + 64j, lane + 65j]))
-    assert agents[:, -1].tolist() == [0, 64j, 3j]
-    assert len(lanes) == 2 and np.array_equal(np.isfinite(lanes[0]), abs(lane) < 65)
-
-
-def test_scenes_are_mirrored_as_a_whole():
-    scene = [x + 1j for x in scene_of(*tm.draw_toy(5))]
-    plain = tm.Scenes([scene], mirror=False)[0, 0]
-    flipped = [x * torch.tensor([1, -1]) for x in plain]
-    drawn = [tm.Scenes([scene], mirror=True)[seed, 0] for seed in range(40)]
-    assert 8 < sum(same(x, flipped) for x in drawn) < 32
-    assert all(same(x, plain) or same(x, flipped) for x in drawn)
 
 
 def test_toy_targets_take_any_road_and_the_speed_of_the_car_in_front():
@@ -160,10 +120,10 @@ def write_map(path, lane):
 
 @pytest.fixture
 def argv(tmp_path):
-    """20 sequences of train, later ones with smaller numbers; two of val."""
+    """20 sequences of train, later ones with smaller numbers; two of val, straight on."""
     for i in range(22):
-        file = tmp_path / ("val" if i > 19 else "train") / f"data/{i}.csv"
-        write_csv(file, tm.draw_toy(i)[0], -60.0 * i)
+        tracks = tm.draw_toy(i)[0] if i < 20 else np.arange(50)[None] + 0j
+        write_csv(tmp_path / ("train" if i < 20 else "val") / f"data/{i}.csv", tracks, -60.0 * i)
     return ["--data", "argoverse1", "--root", tmp_path]
 
 
@@ -186,22 +146,14 @@ def test_validation_is_later_than_train(argv, capsys):
     assert args.sizes == {"test": 2, "train": 18, "val": 2}
     expected = [scene_of(*tm.draw_toy(i))[2] for i in (1, 0)]  # the last in time
     assert same([scene[2] for scene in data["val"].scenes], expected)
-    seconds = np.arange(1, 31) / 10
-    errors = [abs(future + agents[0, 9] * seconds) for agents, _, future in data["test"].scenes]
-    errors = np.mean(errors, axis=0)
-    printed = f"minADE1 {errors.mean():.2f}, minFDE1 {errors[-1]:.2f}"  # constant velocity's
-    assert printed in capsys.readouterr().out
+    assert "constant velocity: minADE1 0.00, minFDE1 0.00" in capsys.readouterr().out
 
 
-BROKEN = [  # what becomes of the rows of a sequence, and what is said of it
+@pytest.mark.parametrize("change, words", [
     (lambda rows: [r for r in rows if r[2] != "AGENT"], "0 agents are the target"),
     (lambda rows: rows[:-2], "not seen throughout"),
     (lambda rows: [*rows, [2.0, "9", "AGENT", "nan", 1, "PIT"]], "not seen throughout"),
-    (lambda rows: [r[:4] for r in rows], "TypeError: "),
-]
-
-
-@pytest.mark.parametrize("change, words", BROKEN)
+])  # fmt: skip
 def test_a_broken_sequence_is_named(change, words, argv, tmp_path):
     path = write_csv(tmp_path / "train/data/7.csv", tm.draw_toy(0)[0], change=change)
     with pytest.raises(UserError, match=f"cannot use {path}: .*{words}"):
@@ -212,11 +164,9 @@ def test_wrong_paths_and_maps_are_named(argv, tmp_path):
     far = write_map(tmp_path / "far_PIT_vector_map.xml", np.arange(1e5, 1e5 + 9))
     cut = tmp_path / "cut_PIT_vector_map.xml"
     cut.write_text("<ArgoverseVectorMap><node")
-    for more, words in [
-        (["--root", tmp_path / "no"], f"cannot use {tmp_path}/no: .*val/data/"),
-        (["--map", far], f"--map {far}: no map"),
-        (["--map", cut], f"cannot use {cut}: ParseError"),
-    ]:
+    wrong = {("--root", tmp_path / "no"): f"cannot use {tmp_path}/no: .*val/data/"}
+    wrong |= {("--map", far): f"--map {far}: no map", ("--map", cut): "PIT_vector_map.xml: Parse"}
+    for more, words in wrong.items():
         with pytest.raises(UserError, match=words):
             tm.load_data(parse(*argv, *more))
 
@@ -226,15 +176,11 @@ def test_real_data():
     parquet = pytest.importorskip("pyarrow.parquet")
     args = parse("--data", "argoverse2", "--root", REAL / "argoverse2_scenario")
     [path] = tm.find_scenes(args, "val")
-    tracks, lanes = tm.read_scene(path, [])
+    tracks, _ = tm.read_scene(path, [])
     rows = parquet.read_table(path).to_pylist()
     focal = [row for row in rows if row["track_id"] == row["focal_track_id"]]
     places = np.array([complex(row["position_x"], row["position_y"]) for row in focal])
     assert same([tracks[0]], [places]) and len(tracks) == len({row["track_id"] for row in rows})
-    # where the car points is where it went
-    _, near, future = tm.make_scene(tracks, lanes, 50, 60)
-    expected = (places[50:] - places[49]) * np.exp(-1j * focal[49]["heading"])
-    assert abs(future - expected).max() < 0.05 * abs(expected).max() and len(near) > 20
     # real sequences of Argoverse 1 lie on the map of Argoverse 2: the target goes along a lane
     [path] = REAL.glob("argoverse2_sensor_logs/3b3570b4*/map/log_map_archive*.json")
     for n in json.loads((REAL / "argoverse1/on_map_3b3570b4.json").read_text())["val"]:

@@ -1,7 +1,4 @@
-"""train_video.py: frames, views, layouts, VideoMAE's recipe and weights. CPU, offline.
-
-python -m pytest tests/test_video.py -q         # LLMBLOCK_DATA=DIR adds DIR/video
-"""
+"""train_video.py: frames, views, layouts, recipe, VideoMAE. LLMBLOCK_DATA=DIR adds DIR/video."""
 
 import argparse
 import json
@@ -24,12 +21,11 @@ from llmblock import UserError  # noqa: E402
 M = tv.MODELS["micro"]
 T = M["T"]
 S = M["S"]
-torch.set_num_threads(1)
 
 
-def arguments(*argv, classes=12):
+def arguments(*argv):
     args = tv.parse_args(["--workers", "0", "--device", "cpu", *map(str, argv)])
-    args.classes = [str(i) for i in range(classes)]
+    args.classes = [str(i) for i in range(12)]
     return args
 
 
@@ -42,8 +38,7 @@ def write_frames(path, n):
 
 
 def frames_in(x):
-    """Numbers of the frames of each view."""
-    return (x.float().mean(dim=(-3, -2, -1)) / 5).round().int().tolist()  # (V, T)
+    return (x.float().mean(dim=(-3, -2, -1)) / 5).round().int().tolist()  # their numbers (V, T)
 
 
 def test_a_frame_of_each_segment_is_shown(tmp_path):
@@ -52,7 +47,6 @@ def test_a_frame_of_each_segment_is_shown(tmp_path):
     odd = list(range(1, 2 * T, 2))
     assert frames_in(tv.read_clip(clip, torch.zeros(1, T), S)) == [even]
     assert frames_in(tv.read_clip(clip, torch.full((1, T), 0.999), S)) == [odd]
-    # Two temporal views: the middle and the beginning of each segment; three crops of each.
     x, label = tv.Clips([(clip, 1)], arguments(), "2x3")[0, 0]
     assert x.shape == (6, T, 3, S, S) and label == 1
     assert sorted(frames_in(x)) == 3 * [even] + 3 * [odd]
@@ -92,29 +86,26 @@ def test_copies_share_their_frames_and_are_never_mixed_with_each_other(tmp_path,
 def test_the_lower_a_layer_the_slower_it_learns():
     args = arguments("--layer-decay", 0.5, "--proj-lr", 3)
     model = tv.build_model(args, "linear", 0)
-    scale = {id(p): g["lr_scale"] for g in tv.param_groups(args, model) for p in g["params"]}
-    for part, expected in {
-        model.patch_embed: 1 / 16, model.blocks[0]: 1 / 8, model.blocks[2]: 1 / 2,
-        model.fc_norm: 1, model.head: 1, model.llm: 3,
-    }.items():  # fmt: skip
-        assert {scale[id(p)] for p in part.parameters()} == {expected}
+    rates = {p: g["lr_scale"] for g in tv.param_groups(args, model) for p in g["params"]}
+    parts = [model.patch_embed, *model.blocks, model.fc_norm, model.head, model.llm]
+    scales = [rates[next(part.parameters())] for part in parts]
+    assert scales == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1, 3]
 
 
-def rename(theirs):
-    """transformers' weights under VideoMAE's names."""
+def as_published(theirs):
     patch = theirs.videomae.embeddings.patch_embeddings.projection
     parts = {"patch_embed.proj": patch, "fc_norm": theirs.fc_norm, "head": theirs.classifier}
     weights = {}
     [layers] = [m for m in theirs.modules() if isinstance(m, nn.ModuleList)]
     for i, layer in enumerate(layers):
-        linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-        q, k, v, proj, fc1, fc2 = linears  # in the order of the computation
+        q, k, v, *others = [m for m in layer.modules() if isinstance(m, nn.Linear)]
         weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat([q.weight, k.weight, v.weight])
         weights[f"blocks.{i}.attn.q_bias"] = q.bias
         weights[f"blocks.{i}.attn.v_bias"] = v.bias
-        own = {"attn.proj": proj, "mlp.fc1": fc1, "mlp.fc2": fc2}
-        own |= {"norm1": layer.layernorm_before, "norm2": layer.layernorm_after}
-        parts |= {f"blocks.{i}.{name}": part for name, part in own.items()}
+        others += [layer.layernorm_before, layer.layernorm_after]
+        names = ("attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2")
+        for name, part in zip(names, others, strict=True):
+            parts[f"blocks.{i}.{name}"] = part
     for name, part in parts.items():
         for key, w in part.named_parameters():
             weights[f"{name}.{key}"] = w
@@ -131,7 +122,7 @@ def test_published_weights_give_the_logits_of_transformers(tmp_path):
     theirs = VideoMAEForVideoClassification(config).eval()
     for p in theirs.parameters():
         p.copy_(0.2 * torch.randn_like(p) + (p.mean() > 0.9))
-    weights = rename(theirs)
+    weights = as_published(theirs)
     file = tmp_path / "videomae.pth"
     args = arguments("--recipe", "videomae", "--init", file)
     torch.save({"module": weights, "args": argparse.Namespace(lr=1)}, file)
@@ -159,22 +150,20 @@ def test_class_folders_of_frames(tmp_path):
     assert args.sizes == {"test": 1, "val": 2, "train": 18} and args.classes == ["fall", "rise"]
     for clip, label in data["train"].pairs + data["val"].pairs:
         assert clip.parent == tmp_path / "train" / args.classes[label]
-    test = data["test"]
-    assert test.pairs == [(tmp_path / "val/rise/a", 1)]
+    assert data["test"].pairs == [(tmp_path / "val/rise/a", 1)]
     (tmp_path / "val/rise/a/000.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="rise/a: UnidentifiedImageError"):
-        test[0, 0]
+        data["test"][0, 0]
 
 
 def test_ssv2(tmp_path):
-    rows = {}
+    rows = {"labels": {"Turning something": "1", "Zipping something": "0"}}
     for file, i in (("train", 1), ("validation", 2)):
         rows[file] = [{"id": f"{i}{k}", "template": "Turning [something]"} for k in range(10)]
     for path in (tmp_path / "labels", tmp_path / "20bn-something-something-v2"):
         path.mkdir()
     for row in rows["train"] + rows["validation"]:
         (path / f"{row['id']}.webm").write_bytes(b"")
-    rows["labels"] = {"Turning something": "1", "Zipping something": "0"}
     for file, content in rows.items():
         (tmp_path / f"labels/{file}.json").write_text(json.dumps(content))
     args = tv.parse_args(["--data", "ssv2", "--root", str(tmp_path)])

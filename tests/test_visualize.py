@@ -42,8 +42,7 @@ def test_every_map_is_of_its_stage_and_has_its_tile(toy, tmp_path):
         module.register_forward_pre_hook(lambda m, args, s=stage: seen.update({s: args[0][0]}))
     for stage, module in {"ffn": layer, "proj_out": model.llm}.items():
         module.register_forward_hook(lambda m, args, y, s=stage: seen.update({s: y[0]}))
-    with torch.no_grad():
-        model(*inputs)
+    model(*inputs)
     maps = vis.heat_maps(task, stages, weights)
     for stage in set(seen) - {"x"}:
         torch.testing.assert_close(stages[stage], seen[stage])
@@ -52,15 +51,13 @@ def test_every_map_is_of_its_stage_and_has_its_tile(toy, tmp_path):
     # the attention once more, head by head
     D = seen["x"].shape[1]
     own = dict(attention.named_parameters())
-    weight = own.get("qkv.weight", own.get("in_proj_weight"))
     bias = own.get("qkv.bias", own.get("in_proj_bias", torch.zeros(3 * D)))  # video's is 0 yet
-    qkv = seen["x"] @ weight.T + bias
+    qkv = seen["x"] @ own.get("qkv.weight", own.get("in_proj_weight")).T + bias
     rows = 0
     for part in torch.arange(D).chunk(4):  # micro models have four heads
         rows += (qkv[:, part] @ qkv[:, D + part].T / len(part) ** 0.5).softmax(1) / 4
     torch.testing.assert_close(weights, rows.mean(0) if task == "video" else rows[0])
-    # other maps paint other tiles
-    assert len({paint(heat).tobytes() for heat in [None, *maps.values()]}) == 12
+    assert len({paint(heat).tobytes() for heat in [None, *maps.values()]}) == 12  # tiles
 
 
 def test_heat_scores_and_pictures_by_hand():
@@ -71,10 +68,10 @@ def test_heat_scores_and_pictures_by_hand():
     assert maps["host, magnitude"].tolist() == pytest.approx([0, 0, 1])
     # phases of a + b and a - b: (0, 0), (pi, pi), (0, pi); their mean is (1, 2) pi / 3
     assert maps["host, frequency"].tolist() == pytest.approx([1, 1, 0], abs=1e-5)
+    # 1 of 1 as hot as the first is right, 2 of 3 as the third; above 0.5 are 3, with 2 right
     heat = torch.tensor([1.0, 0.62, 0.55, 0.0])
-    mask = torch.tensor([True, False, True, False])
-    # 1 of 1 as hot as the first is right, 2 of 3 as the third; above 0.5 there are 3, 2 are right
-    assert vis.score(heat, mask) == pytest.approx((100 * (1 + 2 / 3) / 2, 100 * 2 / 3))
+    scores = vis.score(heat, torch.tensor([True, False, True, False]))
+    assert scores == pytest.approx((500 / 6, 200 / 3))
     # an agent 20 m to the left of the target's way is hot, a lane on its right cold; a pixel is 1 m
     agent = torch.tensor([[[-20.0, 20.0], [-10.0, 20.0]]])
     tile = vis.paint_traffic(agent, agent * torch.tensor([1, -1]), torch.tensor([1.0, 0.0]), 80)
@@ -98,7 +95,7 @@ def test_a_table_by_hand_from_result_lines(tmp_path, capsys):
         for seed, value in values.items():
             lines += f"RESULT {json.dumps(arm | {'seed': seed, 'metrics': {'top1': value}})}\n"
     (tmp_path / "a.jsonl").write_text(lines)
-    vis.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path)])
+    vis.main([str(tmp_path / "a.jsonl")])
     # differences by seed 2, 1, 3: mean 2, deviation 1, so 4.303 / sqrt(3)
     assert capsys.readouterr().out.strip().splitlines()[4:] == [
         "| none |  |  |  | 4 | 75.00 ± 10.03 |  |",
@@ -118,14 +115,15 @@ def test_runs_of_other_settings_are_other_arms_and_masks_find_images(tmp_path, c
     assert torch.equal(mask[0] > 0, x[0] > 127) and mask.max() == 1
     flags = ["--limit", "2", "--masks", str(tmp_path), "--out", str(tmp_path / "figures")]
     for other in ("--layers=1", "--layers=2", "--proj-lr=0.1", "--lr=0.1"):
-        import_module("train_image").main([*SMALL, str(tmp_path / other), other])
-        vis.main([str(tmp_path / other), *flags])
+        argv = f"{tmp_path / other} {other} --block none pretrained".split()
+        import_module("train_image").main([*SMALL, *argv])
+        vis.main([*map(str, tmp_path.rglob(f"{other}/*/pretrained-s0")), *flags])
     assert len(list((tmp_path / "figures").iterdir())) == 8  # samples and curves of each
-    capsys.readouterr()
     vis.main([str(tmp_path), *flags])
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.rpartition("RESULT")[2]
     for arm in ("layers 1, proj-lr 1.0", "layers 2, proj-lr 1.0", "layers 3, proj-lr 0.1"):
         assert printed.count(f"pretrained, lr 0.002, epochs 1, tiny_llm, {arm} |") == 11  # maps
+    assert printed.count("is left out") == 2 and "| none |  |  |  | 1 |" in printed
 
 
 @pytest.mark.parametrize("wrong", ["no/such/run", "tests", "README.md", "tests/no.jsonl"])
@@ -134,5 +132,4 @@ def test_a_wrong_path_is_one_line(wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(lambda: vis.main([wrong]))
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    assert wrong in printed.err and not printed.out
+    assert wrong in printed.err and printed.err.count("\n") == 1 and not printed.out
