@@ -287,7 +287,7 @@ def read_split(args, split):
     root = Path(args.root)
     rows = []
     if args.data in ("toy2d", "toy3d"):
-        images = range(4000) if split == "train" else range(4000, 4500)
+        images = range(2500) if split == "train" else range(2500, 3000)
         for i in images:
             for text, answer in draw_toy(i)[1]:  # without the image
                 rows.append(Question(i, text, {answer: 1.0}, question_type(text)))
@@ -445,7 +445,7 @@ def parse_args(argv=None):
     p.add_argument("--blind", action="store_true", help="hide images and scenes: a control")
     p.add_argument("--min-count", type=int, default=1, help="drop rarer answers; METER: 9")
     p.add_argument("--epochs", type=int, default=2, help="enough for the toys; paper: 10, 30 in 3D")
-    p.add_argument("--batch-size", type=int, default=32, help="paper: 512, 32 in 3D")
+    p.add_argument("--batch-size", type=int, default=16, help="paper: 512, 32 in 3D")
     p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision, of CLIP: 5e-6")
     p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
