@@ -95,7 +95,7 @@ class LLMBlock(nn.Module):
         for i in indices:
             layer = stacks[path][i].requires_grad_(not frozen)
             unsaved = set(dict(layer.named_buffers())) - set(layer.state_dict())
-            if unsaved or getattr(config, "alibi", False):  # GPT-J, GPT-Neo; some Falcons
+            if unsaved or getattr(config, "alibi", False):  # GPT-Neo; some Falcons
                 raise ValueError("a layer has positions or a mask built in")
             for module in layer.modules():
                 if hasattr(module, "is_causal"):

@@ -5,11 +5,10 @@
     python visualize.py RUN --masks DIR                   # DIR/images, DIR/masks: same names
     python visualize.py tests/results.jsonl               # only tables, of RESULT lines
 
-Prints tables of the results in markdown. Into --out go two pictures of each task: learning curves;
-and samples with their tokens, from cold (black) to hot (white), in the first run of each arm. Where
-masks tell foreground (toy images know theirs), a table says how well heat finds it: the paper's
-information filtering, section 4. Other flags, as --root, are those of the training script.
-
+Prints tables of results. Into --out go two pictures of each task: learning curves; and samples
+with their tokens, from cold (black) to hot (white), in the first run of each arm. Where masks tell
+foreground (toy images know theirs), a table says how well heat finds it: the paper's information
+filtering, section 4. Other flags, as --root, are the training script's.
 Letters: N tokens, D width, S side of an image in pixels, T frames, P points, G groups of points.
 """
 
@@ -19,7 +18,6 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,7 +27,6 @@ from torchvision.transforms import v2
 
 from llmblock import UserError, fail, read, reading, run
 
-torch.backends.mha.set_fastpath_enabled(False)  # it would hide attentions from look
 FONT = ImageFont.load_default(13)
 COLOURS = "black crimson royalblue seagreen darkorange purple deepskyblue sienna".split()  # of arms
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom, as in any book of statistics
@@ -40,21 +37,32 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 @torch.no_grad()
 def look(task, model, inputs):
     """One sample's {stage: tokens (N, D)}, and how much the host's last attention sees each (N)."""
-    attend = F.scaled_dot_product_attention  # what every attention calls
-    reached = []  # what the block is called with, and before it the host's last attention
-    last = -4 if task in ("vqa", "retrieval") else -1  # METER: three more after the image's own
+    # 1) find the last self-attention among the tokens that the block gets
+    for name, module in model.named_modules():
+        if name.endswith((".attn", ".self_attn")) and "llm." not in name and "text" not in name:
+            attention = module
+    # 2) run the model and keep what this attention and the block are called with
+    calls = {}
 
-    def remember(block, args):
-        reached.append((args, spy.call_args_list[last].args))
+    def remember(module, args):
+        calls[module] = args
 
-    with mock.patch.object(F, "scaled_dot_product_attention", wraps=attend) as spy:
+    with attention.register_forward_pre_hook(remember):
         with model.llm.register_forward_pre_hook(remember):
             model(*inputs)
-    block_args, (q, k, *_) = reached[0]  # q and k (1, h, N, D/h)
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[0].mean(0)  # (N, N), mean of the heads
+    # 3) call the attention once more, for its weights (1, N, N)
+    if task in ("motion", "vqa", "retrieval"):  # PyTorch's own tells them
+        weights = attention(*calls[attention])[1]
+    else:  # the same as in the scripts' class Attention
+        bias = attention.qkv.bias
+        if task == "video":  # the keys have none
+            bias = torch.cat([attention.q_bias, 0 * attention.q_bias, attention.v_bias])
+        qkv = F.linear(*calls[attention], attention.qkv.weight, bias)  # (1, N, 3 D)
+        q, k, _ = qkv.unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # the mean of the heads
     # the head of the video model reads the mean of all tokens, the others the first one
-    attention = weights.mean(0) if task == "video" else weights[0]
-    return find_stages(model.llm, *block_args), attention
+    weights = weights[0].mean(0) if task == "video" else weights[0, 0]
+    return find_stages(model.llm, *calls[model.llm]), weights
 
 
 def find_stages(llm, x, mask=None):
@@ -100,8 +108,7 @@ def score(heat, mask):
     # for each foreground token: how much of what is at least as hot is foreground
     found = heat >= heat[mask][:, None]  # (foreground tokens, N)
     precision = (found & mask).sum(1) / found.sum(1)
-    # intersection over union at nine thresholds
-    hot = heat > torch.arange(1, 10)[:, None] / 10  # (9, N)
+    hot = heat > torch.arange(1, 10)[:, None] / 10  # at nine thresholds (9, N)
     iou = (hot & mask).sum(1) / (hot | mask).sum(1)
     # NOTE(paper): the mask itself picks the best one for each image, so chance is far above 0
     return 100 * precision.mean().item(), 100 * iou.max().item()
@@ -329,31 +336,25 @@ def draw_samples(runs):
 
 
 def draw_curves(arms):
-    """Validation after each epoch: thin lines are seeds, a thick one is the mean of an arm."""
-    curves = {}  # {arm: (seeds, epochs)}: the epochs that all seeds have
-    for arm, runs in arms.items():
-        shortest = min(len(one.curve) for one in runs)
-        curves[arm] = np.stack([one.curve[:shortest] for one in runs])
-    low = min(seeds.min() for seeds in curves.values())
-    high = max(seeds.max() for seeds in curves.values())
-    epochs = max(seeds.shape[1] for seeds in curves.values())
+    """Validation after each epoch: a line for each seed, in the colour of its arm."""
+    curves = [one.curve for runs in arms.values() for one in runs]
+    values = np.concatenate(curves)
+    ends = [values.min(), values.max()]
     picture = Image.new("RGB", (640, 340 + 18 * len(arms)), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((80, 6), f"{runs[0].metric} of validation data, epochs 1 to {epochs}", "black", FONT)
-    pen.text((70, 40), f"{high:.2f}", "black", FONT, "rm")
-    pen.text((70, 300), f"{low:.2f}", "black", FONT, "rm")
-    for i, (arm, seeds) in enumerate(curves.items()):
+    pen.text((70, 300), f"{ends[0]:.2f}", "black", FONT, "rm")
+    pen.text((70, 40), f"{ends[1]:.2f}", "black", FONT, "rm")
+    for i, (arm, runs) in enumerate(arms.items()):
         colour = COLOURS[i % 8]
-        lines = [*seeds, seeds.mean(axis=0)]
-        for line in lines:
-            x = np.linspace(80, 620, epochs)[: len(line)]
-            y = 300 - 260 * (line - low) / (high - low + 1e-9)
-            points = list(zip(x, y, strict=True))
-            width = 3 if line is lines[-1] else 1
-            pen.line(points, colour, width)
+        for one in runs:
+            x = np.linspace(80, 620, max(map(len, curves)))
+            y = np.interp(one.curve, ends, [300, 40])
+            points = list(zip(x, y, strict=False))
+            pen.line(points, colour, 2)
             for point in points:
-                pen.circle(point, width, colour)
-        pen.text((80, 325 + 18 * i), f"{arm}, seeds: {len(seeds)}", colour, FONT)
+                pen.circle(point, 2, colour)
+        pen.text((80, 325 + 18 * i), f"{arm}, seeds: {len(runs)}", colour, FONT)
+    pen.text((80, 6), f"{one.metric} of validation data after each epoch", "black", FONT)
     return picture
 
 
