@@ -60,7 +60,7 @@ def look(task, model, inputs):
         qkv = F.linear(*calls[attention], attention.qkv.weight, bias)  # (1, N, 3 D)
         q, k, _ = qkv.unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # the mean of the heads
-    # the head of the video model reads the mean of all tokens, the others the first one
+    # video's head reads the mean of all tokens, the others' the first one
     weights = weights[0].mean(0) if task == "video" else weights[0, 0]
     return find_stages(model.llm, *calls[model.llm]), weights
 
@@ -362,7 +362,6 @@ def open_run(path, masks, flags):
     """Task with data and model, the Run, and the RESULT (None: unfinished) of a checkpoint."""
     with reading(path):
         script = importlib.import_module(f"train_{read(path)['task']}")
-    # what the run was trained with, but for eight samples
     args = script.parse_args(["--eval", str(path), "--limit", "8", "--device", "cpu", *flags])
     test = script.load_data(args)["test"]
     kind = args.block[0]
