@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-# linear, mlp: no LLM layer; finetuned, trained: as pretrained and random, but the layer trains
+# linear, mlp: no LLM layer. finetuned, trained: as pretrained and random, but the layer trains.
 FROZEN = ("random", "shuffled", "pretrained")  # where a frozen layer's values come from
 KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
 MASKED = -3e4  # added to the attention logits of padding: finite, also in fp16
@@ -58,7 +58,7 @@ class LLMBlock(nn.Module):
             raise UserError(f"unknown kind of block '{kind}': choose from {', '.join(KINDS)}")
         self.kind = kind
         self.layers = []
-        self.record = {"kind": kind}  # what tells this block from another
+        self.record = {"kind": kind}  # describes the block: its LLM, layers and hash follow
         if kind == "none":
             return  # the plain host
         config, root, repo = find_llm(llm)
@@ -115,9 +115,9 @@ class LLMBlock(nn.Module):
         # What the layers want to be called with: rotary positions, and oddities of some families.
         self.argument_names = set(inspect.signature(layer.forward).parameters)
         self.rotary_emb = None
-        self.rotary_types = [()] * len(indices)  # what rotary_emb wants to know of each layer
+        self.rotary_types = [()] * len(indices)  # further arguments of rotary_emb, for each layer
         if hasattr(llm, "rotary_emb"):
-            self.rotary_emb = type(llm.rotary_emb)(llm.config)  # once more, off the meta device
+            self.rotary_emb = type(llm.rotary_emb)(llm.config)  # llm's own has no numbers (meta)
             if "layer_type" in inspect.signature(self.rotary_emb.forward).parameters:  # Gemma 3
                 self.rotary_types = [(config.layer_types[i],) for i in indices]
         self._check_order(config.hidden_size)
@@ -222,23 +222,23 @@ def read_layer(root, repo, prefix, names):
     if repo is None:
         raise FileNotFoundError("no model.safetensors or pytorch_model.bin, or a shard is missing")
     fetch_layer(repo, root, prefix, names)
-    return read_layer(root, None, prefix, names)  # now it is there
+    return read_layer(root, None, prefix, names)  # None: from now on it is a local directory
 
 
 def match(keys, prefix, names):
-    """{parameter: its key}: layers.31 may stand alone, or under model. or language_model.model."""
+    """{parameter: its key}. Before layers.31 stands nothing, model. or language_model.model."""
     keys = set(keys)
     tail = f"{prefix}.{names[0]}"
     outer = {key.removesuffix(tail) for key in keys if f".{key}".endswith(f".{tail}")}
     outer = [o for o in outer if all(f"{o}{prefix}.{name}" in keys for name in names)]
     if len(outer) != 1:
-        why = "perhaps its weights are named or fused unlike transformers', as experts often are"
+        why = "perhaps it was not saved, or has fused or renamed weights, as experts often have"
         raise ValueError(f"{prefix} is in it {len(outer)} times, not once: {why}")
     return {name: f"{outer[0]}{prefix}.{name}" for name in names}
 
 
 def read_tensors(file, key=None):
-    """The tensor named key or, without, the names of all. Mapped: nothing else is read."""
+    """Tensor `key`, or without it the names of all. Mapped into memory: no other one is read."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
             return f.get_tensor(key) if key else list(f.keys())
@@ -369,7 +369,7 @@ def read(path, task=None):
 
 def save(state, path):
     """Write a checkpoint wholly or not at all."""
-    part = path.with_suffix(f".part{os.getpid()}")  # the same command may run twice
+    part = path.with_suffix(f".part{os.getpid()}")  # two processes may write at the same time
     try:
         torch.save(state, part)
         os.replace(part, path)
@@ -390,7 +390,7 @@ def main(argv=None):
     print(f"layers      {block.record['layers']} of {config.num_hidden_layers}")
     print(f"width       {config.hidden_size}, {config.num_attention_heads} heads")
     print(f"parameters  {size:,} frozen, {4 * size:,} bytes, hash {block.record['hash']}")
-    # 14 * 14 patches and CLS; the counter does not know a CPU's fused attention.
+    # 197 tokens: 14 x 14 patches and CLS. MATH: the counter does not know fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         block(torch.zeros(1, 197, 384))
     print(f"compute     {counter.get_total_flops() / 1e9:.2f} GFLOPs per 197 tokens")

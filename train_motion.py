@@ -1,4 +1,4 @@
-"""Motion forecasting: VectorNet with one frozen LLM block on its polyline tokens.
+r"""Motion forecasting: VectorNet with one frozen LLM block on its polyline tokens.
 
     python train_motion.py --block none random pretrained    # three arms on toy traffic, offline
     python train_motion.py --data argoverse1 --root DIR --map map_files    # {train,val}/data/*.csv
@@ -6,7 +6,7 @@
 
 The paper's run (Table 4; VectorNet minADE6 0.77 -> 0.76 m; 2 days on one A100; not run here):
 
-    python train_motion.py --data argoverse1 --root DIR --map map_files --model small \\
+    python train_motion.py --data argoverse1 --root DIR --map map_files --model small \
         --llm huggyllama/llama-7b --block none random pretrained --epochs 60 --lr 5e-4
 
 The last tenth of train, by time, selects the epoch (some files overlap train's); val is the test.
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, BEST = "motion", min  # the best epoch has the smallest first metric on validation data
+TASK, BEST = "motion", min  # BEST picks the best epoch by the first metric on validation data
 
 # small is VectorNet (https://arxiv.org/abs/2005.04259); micro is ours, for a laptop.
 MODELS = {"micro": {"D": 64, "heads": 4}, "small": {"D": 128, "heads": 8}}
@@ -158,8 +158,8 @@ def batches(args, dataset, seed=None):
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
-        whole = n // size * size  # only whole batches; and no random seed twice
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        whole = n // size * size  # only whole batches
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -298,7 +298,8 @@ def load_data(args):
         if not args.eval:
             train = find_scenes(args, "train")
             cut = len(train) * 9 // 10
-            files |= {"train": train[:cut], "val": train[cut:]}  # val selects the best epoch
+            files["train"] = train[:cut]
+            files["val"] = train[cut:]  # it selects the best epoch
     data = {}
     for name, paths in files.items():
         scenes = []
@@ -313,9 +314,8 @@ def load_data(args):
         raise UserError(f"--map {args.map}: no map with _CITY_ in its name is near a scene")
     seconds = np.arange(1, T + 1) / SECOND  # the baseline: on, as in the last second
     errors = [abs(future + agents[0, -1 - SECOND] * seconds) for agents, _, future in test]
-    if errors:  # main refuses an empty test set
-        errors = np.mean(errors, axis=0)  # (T)
-        print(f"constant velocity: minADE1 {errors.mean():.2f}, minFDE1 {errors[-1]:.2f}")
+    errors = np.mean(errors, axis=0)  # (T)
+    print(f"constant velocity: minADE1 {errors.mean():.2f}, minFDE1 {errors[-1]:.2f}")
     return data
 
 
@@ -398,11 +398,11 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults
+    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
+        raise UserError("--batch-size (a multiple of the processes) and --limit must be positive")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
@@ -417,6 +417,7 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is found now, not after an epoch
     ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -462,27 +463,26 @@ def resume(args, path, kind, seed, model, optimizer):
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+        for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        with reading(path):  # other shapes
+                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+        with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
-        if not args.eval:
-            optimizer.load_state_dict(state["optimizer"])
+            if not args.eval:
+                optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    """Write metrics.jsonl, best.pt, then last.pt: killed before that, a run repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # in place
     values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
     print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
             save(state | {"optimizer": None}, out / "best.pt")  # the model alone
@@ -516,7 +516,7 @@ def main(argv=None):
         dist.init_process_group()
     data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
-        raise UserError(f"{args.sizes}: too few samples")
+        raise UserError(f"{args.sizes}: too few samples (val is a part of train)")
     print(TASK, args.data, args.model, args.device, args.sizes)
     results = []
     for seed in args.seeds:

@@ -1,12 +1,12 @@
-"""Point-cloud classification: Point-BERT with one frozen LLM block after its last layer.
+r"""Point-cloud classification: Point-BERT with one frozen LLM block after its last layer.
 
     python train_pointcloud.py --block none random pretrained     # three arms on a toy, offline
     python train_pointcloud.py --data h5 --root modelnet40_ply_hdf5_2048 --points 1024
 
 The paper's run (Table 2; ScanObjectNN T50 83.1 -> 83.8; 6 to 10 hours on 4 A100; not run here):
 
-    torchrun --nproc-per-node=4 train_pointcloud.py --data scanobjectnn --root h5_files \\
-        --points 1024 --model small --init Point-BERT.pth --llm huggyllama/llama-7b --bf16 \\
+    torchrun --nproc-per-node=4 train_pointcloud.py --data scanobjectnn --root h5_files \
+        --points 1024 --model small --init Point-BERT.pth --llm huggyllama/llama-7b --bf16 \
         --block none random pretrained --epochs 300 --warmup 10 --lr 5e-4
 
 A tenth of train selects the epoch (in T50, the hardest variant, it shares objects with the rest).
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, BEST = "pointcloud", max  # the best epoch has the largest first metric on validation data
+TASK, BEST = "pointcloud", max  # BEST picks the best epoch by the first metric on validation data
 MODELS = {  # small is Point-BERT (https://arxiv.org/abs/2111.14819); micro is ours, for a laptop
     "micro": {"D": 64, "depth": 3, "heads": 4, "W": 32, "drop_path": 0.0, "dropout": 0.0},
     "small": {"D": 384, "depth": 12, "heads": 6, "W": 256, "drop_path": 0.1, "dropout": 0.5},
@@ -181,8 +181,8 @@ def batches(args, dataset, seed=None):
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
-        whole = n // size * size  # only whole batches; and no random seed twice
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        whole = n // size * size  # only whole batches
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -206,7 +206,7 @@ class Clouds(TensorDataset):  # pairs (points or their file, class) -> x (P, 3),
             x = x / x.norm(dim=2).amax(1)[:, None, None]
         named = set(labels) <= set(range(len(args.classes)))
         if x.shape[1] < args.points or x.shape[2] < 3 or not named or not x.isfinite().all():
-            raise ValueError(f"{x.shape[1]} points in a cloud, no z, NaN or a class without a name")
+            raise ValueError("too few points in a cloud, no z, NaN or a class without a name")
         n = args.points * 1200 // 1024  # as the paper: training draws 1024 points out of 1200
         if x.shape[1] > n:
             x = torch.cat([farthest_points(part.to(args.device), n).cpu() for part in x.split(64)])
@@ -363,11 +363,11 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults
+    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
+        raise UserError("--batch-size (a multiple of the processes) and --limit must be positive")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
@@ -382,6 +382,7 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is found now, not after an epoch
     ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -427,27 +428,26 @@ def resume(args, path, kind, seed, model, optimizer):
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+        for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        with reading(path):  # other shapes
+                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+        with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
-        if not args.eval:
-            optimizer.load_state_dict(state["optimizer"])
+            if not args.eval:
+                optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    """Write metrics.jsonl, best.pt, then last.pt: killed before that, a run repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # in place
     values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
     print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
             save(state | {"optimizer": None}, out / "best.pt")  # the model alone
@@ -481,7 +481,7 @@ def main(argv=None):
         dist.init_process_group()
     data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
-        raise UserError(f"{args.sizes}: too few samples")
+        raise UserError(f"{args.sizes}: too few samples (val is a part of train)")
     print(TASK, args.data, args.model, args.device, args.sizes)
     results = []
     for seed in args.seeds:

@@ -1,4 +1,4 @@
-"""Image-text retrieval: METER's fusion with one frozen LLM block after it scores every pair.
+r"""Image-text retrieval: METER's fusion with one frozen LLM block after it scores every pair.
 
     python train_retrieval.py --block none random pretrained     # three arms on toy images, offline
     python train_retrieval.py --data karpathy --root DIR --size 96       # Flickr8k, Flickr30k, COCO
@@ -6,15 +6,15 @@
 DIR holds Karpathy's dataset_*.json and images/ (of COCO images/train2014/ and images/val2014/).
 The paper's run (Flickr30k image retrieval R@1 49.66 -> 50.22; 1 day on 4 A100; not run here):
 
-    torchrun --nproc-per-node=4 train_retrieval.py --data karpathy --root DIR --model base \\
-        --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \\
-        --block none random pretrained --size 224 --epochs 10 --batch-size 512 --warmup 1 \\
+    torchrun --nproc-per-node=4 train_retrieval.py --data karpathy --root DIR --model base \
+        --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \
+        --block none random pretrained --size 224 --epochs 10 --batch-size 512 --warmup 1 \
         --lr 5e-6 --proj-lr 10
 
 val selects the epoch (its first 100 images); test is used once, every image with every caption.
 Differs from the paper: METER trains on val, too, selects on test, augments images, and its false
 captions may be the image's own; Adam's betas (0.9, 0.98) and linear decay there.
-Letters: B batch, K captions each, N visual, M text tokens, D width, S side, n images, C captions.
+Letters: B batch, K captions ranked, N visual, M text tokens, D width, S side; n images, C captions.
 """
 
 import argparse
@@ -45,16 +45,16 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, BEST = "retrieval", max  # the best epoch has the largest first metric on validation data
+TASK, BEST = "retrieval", max  # BEST picks the best epoch by the first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base is METER's (https://arxiv.org/abs/2111.02387): layers of the image encoder, of the fusion.
+# base is METER's (https://arxiv.org/abs/2111.02387). depth: image encoder; fusion: either stream.
 MODELS = {
     "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
     "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
     "base": {"D": 768, "heads": 12, "dropout": 0.1, "depth": 12, "fusion": 6, "patch": 16},
 }  # fmt: skip
-CAPTIONS = 16  # are ranked for an image: one true and 15 false ones, as in METER
+CAPTIONS = 16  # ranked in a training sample, as in METER: 1 true and 15 false ones
 LONGEST = 40  # tokens of a caption, as in METER
 WORD = re.compile(r"\w+|[^\w\s]")  # a word or a single sign
 PAD = 1  # the token id of padding, as RoBERTa's
@@ -70,8 +70,8 @@ class ImageEncoder(nn.Module):
         size |= {"intermediate_size": 4 * D, "patch_size": patch, "image_size": S}
         config = transformers.CLIPVisionConfig(**size)
         clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
-        self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
-        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER skips the last one
+        self.encoder = getattr(clip, "vision_model", clip)  # transformers < 5.24 wraps it
+        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER drops the last
         self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, x):
@@ -99,15 +99,15 @@ class TextEncoder(nn.Module):
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
 
 
-def load_model(kind, name, family, config=None):
+def load_model(cls, name, family, config=None):
     """A model or tokeniser of transformers, pre-trained; without a name, new from its config."""
     if not name:
-        return kind(config)
+        return cls(config)
     with reading(name):
         found = transformers.AutoConfig.from_pretrained(name).model_type
         if found != family:
             raise ValueError(f"it is a {found}, only {family} is served here")
-        return kind.from_pretrained(name)
+        return cls.from_pretrained(name)
 
 
 class Retrieval(nn.Module):
@@ -125,7 +125,7 @@ class Retrieval(nn.Module):
         self.llm = llm
         self.image_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
         self.text_pooler = nn.Sequential(nn.Linear(D, D), nn.Tanh())
-        # As in METER's code: the head of image-text matching (ITM; 0 no, 1 match) stays as it is,
+        # As in METER's code: the head of image-text matching (ITM; 0 no, 1 match) never trains,
         # and the ranking head starts from its row 1.
         self.itm_score = nn.Linear(2 * D, 2).requires_grad_(False)
         self.rank_output = nn.Linear(2 * D, 1, bias=False)
@@ -134,7 +134,7 @@ class Retrieval(nn.Module):
     def fuse(self, image, text, text_mask):
         """Tokens of B pairs, image (B, N, D) and text (B, M, D) -> their features (B, 2 D)."""
         for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
-            seen = image  # both streams read the other one as it was before this layer
+            seen = image  # for the text layer: the image tokens as they were before this layer
             image = image_layer(image, text, memory_key_padding_mask=~text_mask)
             text = text_layer(text, seen, tgt_key_padding_mask=~text_mask)
         image = self.llm(image)  # the frozen LLM block: this line is the paper
@@ -167,7 +167,7 @@ def compute_loss(args, model, batch):
 def evaluate(args, model, captions):
     """Score every image with every caption, each encoded once. The processes share the images."""
     model.eval()
-    chunks = captions.ids.to(args.device).split(args.batch_size * CAPTIONS)
+    chunks = captions.ids.to(args.device).split(args.batch_size // WORLD * CAPTIONS)
     texts = [model.text_encoder(ids) for ids in chunks]
     scores = torch.zeros(len(captions.images), len(captions))  # (n, C)
     for i in tqdm(range(RANK, len(scores), WORLD), "all pairs", disable=RANK > 0 or None):
@@ -188,7 +188,7 @@ def recalls(scores, owner):
     (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c].
     """
     true = owner == torch.arange(len(scores))[:, None]  # (n, C)
-    # A rank counts those that are not behind: the true one, its equals, and NaN.
+    # Ties and NaN are ahead: rank 1 + others whose score is not below the true one's.
     own = scores[owner, torch.arange(len(owner))]  # (C)
     best = scores.where(true, -torch.inf).amax(1, keepdim=True)  # (n, 1)
     ranks = {"ir": (~(scores < own)).sum(0), "tr": 1 + (~true & ~(scores < best)).sum(1)}
@@ -201,7 +201,7 @@ def recalls(scores, owner):
 
 # ---------------------------------------------------------------- data
 def find_words(texts):
-    """Our own vocabulary: what the texts have twice. Once is for learning what unknown means."""
+    """Our vocabulary: words that come twice or more. The others teach what an unknown word is."""
     counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     return sorted(word for word, n in counts.items() if n > 1)
 
@@ -235,8 +235,8 @@ def batches(args, dataset, seed=None):
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
-        whole = n // size * size  # only whole batches; and no random seed twice
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        whole = n // size * size  # only whole batches
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -262,7 +262,7 @@ class Captions(Dataset):
         seed, index = item
         torch.default_generator.manual_seed(seed)  # so workers and processes change nothing
         others = (self.owner != self.owner[index]).nonzero()[:, 0]  # captions of other images
-        false = others[torch.randint(len(others), (CAPTIONS,))].tolist()
+        false = others[torch.randint(len(others), (CAPTIONS,))].tolist()  # [0] for ITM, 15 to rank
         match = torch.randint(2, ()).item()
         pair = (index, index if match else false[0])
         images = [to_pixels(self.images[self.owner[i]], self.S) for i in pair]
@@ -275,9 +275,9 @@ def read_rows(args, split):
         return [draw_toy(i) for i in TOY[split]]
     root = Path(args.root)
     rows = []
-    with reading(f"{root}/dataset_*.json"):
-        [file] = root.glob("dataset_*.json")  # one and no more
-        for image in json.loads(file.read_text("utf-8"))["images"]:
+    with reading(f"{root}/dataset_*.json (there must be one)"):
+        [captions_file] = root.glob("dataset_*.json")
+        for image in json.loads(captions_file.read_text("utf-8"))["images"]:
             # COCO has more of train as restval; an image without captions cannot be asked for.
             if image["split"].replace("restval", "train") == split and image["sentences"]:
                 file = root / "images" / image.get("filepath", "") / image["filename"]
@@ -294,7 +294,7 @@ def load_data(args):
             raise UserError(f"{args.root} has {len(rows)} {split} images, at least 2 are needed")
         if split == "val":
             rows = rows[:100]  # all pairs of Flickr30k's 1,000 images would take half an epoch
-        if split == "train":  # what the model can read: its words
+        if split == "train":  # its words are the vocabulary; --eval has them from the checkpoint
             args.classes = find_words(text for _, captions in rows for text in captions)
         data[split] = Captions(args, rows)
     args.sizes = {split: len(captions.images) for split, captions in data.items()}
@@ -357,11 +357,11 @@ def param_groups(args, model):
     """Weight decay on matrices alone. With pre-trained encoders METER's rates: --lr is theirs and
     the ranking head's, what else is new has 5 times that."""
     groups = {}
+    slow = {"image_encoder": args.vision, "text_encoder": args.text, "rank_output.weight": True}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim > 1 else 0.0
-        scale = 5.0 if args.vision or args.text else 1.0
-        if ".encoder." in name or name.startswith("rank_output"):
-            scale = 1.0
+        new = not slow.get(name.partition(".encoder.")[0])  # neither pre-trained nor ranking head
+        scale = 5.0 if new and (args.vision or args.text) else 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
         if p.requires_grad:
@@ -393,11 +393,11 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults
+    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
+        raise UserError("--batch-size (a multiple of the processes) and --limit must be positive")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
@@ -412,6 +412,7 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is found now, not after an epoch
     ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -457,27 +458,26 @@ def resume(args, path, kind, seed, model, optimizer):
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+        for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        with reading(path):  # other shapes
+                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+        with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
-        if not args.eval:
-            optimizer.load_state_dict(state["optimizer"])
+            if not args.eval:
+                optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    """Write metrics.jsonl, best.pt, then last.pt: killed before that, a run repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # in place
     values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
     print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
             save(state | {"optimizer": None}, out / "best.pt")  # the model alone
@@ -511,7 +511,7 @@ def main(argv=None):
         dist.init_process_group()
     data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
-        raise UserError(f"{args.sizes}: too few samples")
+        raise UserError(f"{args.sizes}: too few samples (val is a part of train)")
     print(TASK, args.data, args.model, args.device, args.sizes)
     results = []
     for seed in args.seeds:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, BEST = "video", max  # the best epoch has the largest first metric on validation data
+TASK, BEST = "video", max  # BEST picks the best epoch by the first metric on validation data
 # VideoMAE's widths (https://arxiv.org/abs/2203.12602); micro is ours, for small clips on a laptop.
 MODELS = {
     "micro": {"D": 64, "depth": 3, "heads": 4, "patch": 16, "S": 48, "T": 16},
@@ -162,8 +162,8 @@ def batches(args, dataset, seed=None):
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
-        whole = n // size * size  # only whole batches; and no random seed twice
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        whole = n // size * size  # only whole batches
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -383,11 +383,11 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults
+    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
+        raise UserError("--batch-size (a multiple of the processes) and --limit must be positive")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
@@ -402,6 +402,7 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is found now, not after an epoch
     ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -447,27 +448,26 @@ def resume(args, path, kind, seed, model, optimizer):
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+        for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        with reading(path):  # other shapes
+                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+        with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
-        if not args.eval:
-            optimizer.load_state_dict(state["optimizer"])
+            if not args.eval:
+                optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    """Write metrics.jsonl, best.pt, then last.pt: killed before that, a run repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # in place
     values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
     print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
             save(state | {"optimizer": None}, out / "best.pt")  # the model alone
@@ -501,7 +501,7 @@ def main(argv=None):
         dist.init_process_group()
     data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
-        raise UserError(f"{args.sizes}: too few samples")
+        raise UserError(f"{args.sizes}: too few samples (val is a part of train)")
     print(TASK, args.data, args.model, args.device, args.sizes)
     results = []
     for seed in args.seeds:

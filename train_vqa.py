@@ -1,4 +1,4 @@
-"""Visual question answering in 2D and 3D: METER's fusion with one frozen LLM block after it.
+r"""Visual question answering in 2D and 3D: METER's fusion with one frozen LLM block after it.
 
     python train_vqa.py --block none random pretrained       # three arms on toy images, offline
     python train_vqa.py --data toy3d --block none random pretrained        # ... on toy 3D scenes
@@ -8,9 +8,9 @@
 
 The paper's run in 2D (VQAv2 69.60 -> 70.23 on test-dev, 1 day on 4 A100; not run here):
 
-    torchrun --nproc-per-node=4 train_vqa.py --data vqav2 --root DIR --model base --size 224 \\
-        --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \\
-        --block none pretrained --epochs 10 --batch-size 512 --warmup 1 --lr 5e-6 --proj-lr 10 \\
+    torchrun --nproc-per-node=4 train_vqa.py --data vqav2 --root DIR --model base --size 224 \
+        --vision openai/clip-vit-base-patch32 --text roberta-base --llm huggyllama/llama-7b \
+        --block none pretrained --epochs 10 --batch-size 512 --warmup 1 --lr 5e-6 --proj-lr 10 \
         --min-count 9
 
 A tenth of train's images or scenes selects the epoch; sqa3d without test files is tested on val.
@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 
-TASK, BEST = "vqa", max  # the best epoch has the largest first metric on validation data
+TASK, BEST = "vqa", max  # BEST picks the best epoch by the first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
 # base is METER (https://arxiv.org/abs/2111.02387); depth: layers for images; fusion: of Fusion
@@ -75,8 +75,8 @@ class ImageEncoder(nn.Module):
         size |= {"intermediate_size": 4 * D, "patch_size": patch, "image_size": S}
         config = transformers.CLIPVisionConfig(**size)
         clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
-        self.encoder = getattr(clip, "vision_model", clip)  # before transformers 5.24
-        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER skips the last one
+        self.encoder = getattr(clip, "vision_model", clip)  # transformers < 5.24 wraps it
+        self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER drops the last
         self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, x):
@@ -104,15 +104,15 @@ class TextEncoder(nn.Module):
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
 
 
-def load_model(kind, name, family, config=None):
+def load_model(cls, name, family, config=None):
     """A model or tokeniser of transformers, pre-trained; without a name, new from its config."""
     if not name:
-        return kind(config)
+        return cls(config)
     with reading(name):
         found = transformers.AutoConfig.from_pretrained(name).model_type
         if found != family:
             raise ValueError(f"it is a {found}, only {family} is served here")
-        return kind.from_pretrained(name)
+        return cls.from_pretrained(name)
 
 
 class Fusion(nn.Module):
@@ -132,7 +132,7 @@ class Fusion(nn.Module):
         """image (B, N, D), text (B, M, D), text_mask (B, M), True = real -> image, text."""
         padding = ~text_mask  # PyTorch's attention wants to know what is not real
         for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
-            seen = image  # both streams read the other one as it was before this layer
+            seen = image  # for the text layer: the image tokens as they were before this layer
             image = image_layer(image, text, memory_key_padding_mask=padding)
             text = text_layer(text, seen, tgt_key_padding_mask=padding)
         return image, text
@@ -182,7 +182,7 @@ class VQA(nn.Module):
 
 # ---------------------------------------------------------------- data: words and images
 def find_words(texts):
-    """Our own vocabulary: what the texts have twice. Once is for learning what unknown means."""
+    """Our vocabulary: words that come twice or more. The others teach what an unknown word is."""
     counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     return sorted(word for word, n in counts.items() if n > 1)
 
@@ -323,8 +323,8 @@ def batches(args, dataset, seed=None):
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
-        whole = n // size * size  # only whole batches; and no random seed twice
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]
+        whole = n // size * size  # only whole batches
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -477,12 +477,14 @@ def build_model(args, kind, seed):
 def param_groups(args, model):
     """Weight decay on matrices alone. Beside CLIP or RoBERTa, METER's rates: --lr is theirs."""
     groups = {}
+    pretrained = {"image_encoder": args.vision, "text_encoder": args.text}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim > 1 else 0.0
+        new = not pretrained.get(name.partition(".encoder.")[0])
         scale = 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
-        elif (args.vision or args.text) and ".encoder." not in name:
+        elif new and (args.vision or args.text):
             scale = 50.0 if name.startswith("head") else 5.0  # what is new learns faster
         groups.setdefault((decay, scale), []).append(p)
     return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
@@ -512,11 +514,11 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults
+    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size} : a multiple of {WORLD} is needed")
+    if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
+        raise UserError("--batch-size (a multiple of the processes) and --limit must be positive")
     args.autocast = torch.autocast(args.device, torch.bfloat16, args.bf16 and args.device == "cuda")
     return args
 
@@ -531,6 +533,7 @@ def train(args, kind, seed, data):
         return test(args, model, seed, state["history"], data)
     if state["result"]:  # it was finished before
         return state["result"]
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is found now, not after an epoch
     ddp = DistributedDataParallel(model) if WORLD > 1 else model  # averages the gradients
     ddp = torch.compile(ddp, disable=not args.compile)
     for epoch in range(len(state["history"]), args.epochs):
@@ -576,27 +579,26 @@ def resume(args, path, kind, seed, model, optimizer):
     state = {"task": TASK, "settings": settings, "history": [], "result": None}
     if path.exists():
         state = read(path, TASK)
-        for key in ("model", "block", "classes", "frozen_hash") if args.eval else settings:
+        for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved}, not {settings[key]}: mend it or --out")
-        with reading(path):  # other shapes
+                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+        with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
-        if not args.eval:
-            optimizer.load_state_dict(state["optimizer"])
+            if not args.eval:
+                optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_epoch(out, state, row, model, optimizer):
-    """metrics.jsonl, best.pt and, last of all, last.pt: a run killed before repeats the epoch."""
+    """Write metrics.jsonl, best.pt, then last.pt: killed before that, a run repeats the epoch."""
     if not math.isfinite(row["loss"]):
         raise UserError(f"{out}: the loss is {row['loss']}; try a lower --lr and another --out")
     state["history"].append(row)
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # in place
     values = [next(iter(row["val"].values())) for row in state["history"]]  # the first metric
     print(f"{out} {row['epoch']}: loss {row['loss']:.3f}, val {values[-1]:.2f}", flush=True)
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])) + "\n")
         if values[-1] == BEST(values):
             save(state | {"optimizer": None}, out / "best.pt")  # the model alone
@@ -630,7 +632,7 @@ def main(argv=None):
         dist.init_process_group()
     data = load_data(args)  # fills args.classes and args.sizes
     if min(args.sizes.values()) < WORLD:
-        raise UserError(f"{args.sizes}: too few samples")
+        raise UserError(f"{args.sizes}: too few samples (val is a part of train)")
     print(TASK, args.data, args.model, args.device, args.sizes)
     results = []
     for seed in args.seeds:

@@ -120,7 +120,7 @@ def test_every_layout_gives_its_classes_labels_and_clouds(tmp_path, layout):
         assert torch.allclose(clouds.tensors[0], x[clouds.tensors[1]], atol=1e-5)
     assert data["test"].tensors[1].bincount().tolist() == [4, 3, 3]
     args.points = 512
-    with pytest.raises(UserError, match="256 points in a cloud"):
+    with pytest.raises(UserError, match="too few points in a cloud"):
         pc.load_data(args)
 
 

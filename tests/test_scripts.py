@@ -250,7 +250,7 @@ def test_mistakes_are_refused(tmp_path):
         last.write_bytes(good)
     assert not (last.parent / "made").exists()
     with pytest.raises(UserError, match="the loss is nan"):
-        run("image", tmp_path / "new", "--lr", "1e30")
+        run("image", tmp_path / "nan", "--lr", "1e30")
     for argv in (["--llm", "nowhere"], ["--layers", "9"], ["--data", "folder", "--root", "no"]):
         with pytest.raises(UserError):
             run("image", tmp_path / "new", *argv)
