@@ -19,6 +19,12 @@ PAPER = {  # none -> pretrained, its own setting
     "video": "64.7 → 65.9 (SSv2)", "motion": "0.77 → 0.76 m (Argoverse)",
     "vqa": "69.6 → 70.2 (VQA v2), 47.2 → 48.1 (SQA3D)", "retrieval": "49.7 → 50.2 (Flickr30k)",
 }  # fmt: skip
+NAMES = {  # what the real data are
+    "image folder": "image, 8,000 of CIFAR-10", "pointcloud h5": "point clouds, 300 of DALES",
+    "video ssv2": "video, 1,575 of Sprites", "motion argoverse1": "motion, 1,500 of Argoverse 1",
+    "vqa easyvqa": "VQA, easy-VQA", "vqa vqav2": "VQA, DAQUAR", "vqa sqa3d": "3D VQA, DALES scenes",
+    "retrieval karpathy": "retrieval, 650 of Flickr8k",
+}  # fmt: skip
 HEAD = """# All results
 
 Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard
@@ -33,7 +39,7 @@ token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` ge
 def read_results():
     results = visualize.read_results(TESTS / "results.jsonl")
     for r in results:
-        r["data"] += ", blind" * ("--blind" in r["command"])
+        r["data"] += "-blind" * ("--blind" in r["command"])
     return visualize.group_results(results)
 
 
@@ -50,9 +56,9 @@ def summary(groups, real):
     rows = [[*head, "paper"] if real else head]
     for name, arms in groups.items():
         task, data = name.split()[:2]
-        if data.startswith("toy") != real:
+        if data.startswith("toy") != real and not data.endswith("-blind"):
             metric = next(iter(next(iter(arms.values()))[0]["metrics"]))
-            row = [name.split(" micro")[0].replace(" ", ", ", 1), metric]
+            row = [NAMES.get(f"{task} {data}", f"{task}, {data}"), metric]
             for kind in ARMS:
                 runs = choose(arms, kind, task)
                 cell = visualize.spread([r["metrics"][metric] for r in runs]) if runs else "not run"
