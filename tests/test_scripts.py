@@ -251,7 +251,7 @@ def test_mistakes_are_refused(tmp_path):
     assert not (last.parent / "made").exists()
     with pytest.raises(UserError, match="the loss is nan"):
         run("image", tmp_path / "nan", "--lr", "1e30")
-    for argv in (["--llm", "nowhere"], ["--layers", "9"], ["--data", "folder", "--root", "no"]):
+    for argv in (["--llm", "no/such/dir"], ["--layers", "9"], ["--data", "folder", "--root", "no"]):
         with pytest.raises(UserError):
             run("image", tmp_path / "new", *argv)
     assert not (tmp_path / "new").exists()
