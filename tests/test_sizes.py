@@ -55,3 +55,9 @@ def test_a_file_is_short_and_plain(name):
         assert len(shared.splitlines()) <= 150
         line = text.partition("# the frozen LLM block: this line is the paper")[0].count("\n")
         assert line < len(text.splitlines()) / 3
+
+
+def test_all_is_short():
+    lines = {path: len(path.read_text().splitlines()) for path in ROOT.glob("**/*.py")}
+    assert sum(n for path, n in lines.items() if path.parent == ROOT) <= 4100
+    assert sum(n for path, n in lines.items() if path.name.startswith("test_")) <= 2400
