@@ -152,8 +152,8 @@ class LLMBlock(nn.Module):
             mask = mask[:, None, None, :].expand(B, 1, N, N)
         # Every token is at position 0, where the rotation of queries and keys is the identity.
         positions = torch.zeros(1, N, dtype=torch.long, device=h.device)
-        oddities = {"position_ids": positions, "alibi": None, "shared_kv_states": {}}
-        given = {name: value for name, value in oddities.items() if name in self.argument_names}
+        extra = {"position_ids": positions, "alibi": None, "shared_kv_states": {}}
+        given = {name: value for name, value in extra.items() if name in self.argument_names}
         for layer, rotary_type in zip(self.layers, self.rotary_types, strict=True):
             if self.rotary_emb is not None:
                 given["position_embeddings"] = self.rotary_emb(h, positions, *rotary_type)
@@ -193,7 +193,7 @@ def hash_weights(layers):
 def find_llm(llm):
     """(config of the text model, directory that holds it, hub name or None if it is local)."""
     folders = [p for p in (Path(llm), Path(__file__).parent / llm) if p.is_dir()]
-    repo = None if folders else str(llm)
+    repo = None if folders else str(llm)  # (tests/tiny_llm is beside this file)
     with reading(llm):
         root = folders[0] if folders else Path(hf_hub_download(repo, "config.json")).parent
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
@@ -327,7 +327,7 @@ class UserError(Exception):
 
 
 def fail(message):
-    print("error:", UserError(message), file=sys.stderr)  # on one line
+    print("error:", UserError(message), file=sys.stderr)  # UserError makes it one line
     sys.exit(2)
 
 
@@ -338,7 +338,7 @@ def run(main):
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last whole epoch", file=sys.stderr)
+        print("stopped: a training goes on with the same command", file=sys.stderr)
         sys.exit(130)
 
 
