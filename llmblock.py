@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-# linear, mlp: no LLM layer. finetuned, trained: as pretrained and random, but the layer trains.
+# none: the plain host. linear, mlp: no LLM layer. finetuned, trained: the LLM layer trains, too.
 FROZEN = ("random", "shuffled", "pretrained")  # where a frozen layer's values come from
 KINDS = ("none", "linear", "mlp", *FROZEN, "finetuned", "trained")
 MASKED = -3e4  # added to the attention logits of padding: finite, also in fp16
@@ -43,8 +43,8 @@ MASKED = -3e4  # added to the attention logits of padding: finite, also in fp16
 class LLMBlock(nn.Module):
     """Decoder layer(s) of an LLM between two trained linear layers: (B, N, dim) -> (B, N, dim).
 
-    llm: directory or Hugging Face name. layers: index or indices, negative from the end. kind: one
-    of KINDS. seed: of projections and of random or shuffled weights. dtype: of frozen
+    llm: directory or Hugging Face name. layers: one or more indices, negative from the end.
+    kind: one of KINDS. seed: of projections and of random or shuffled weights. dtype: of frozen
     layers; whatever trains stays fp32. Raises UserError: wrong argument, unfit LLM, damaged file.
 
     Frozen layers stand in a plain list, so PyTorch does not see them as a part of this module: no
@@ -86,7 +86,7 @@ class LLMBlock(nn.Module):
         """Lay out the whole LLM without memory (meta device), then fill only the wanted layers."""
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)  # no dropout, whatever trains
+                setattr(config, name, 0.0)  # no dropout, also in layers that train
         with torch.device("meta"):
             llm = AutoModel.from_config(config, dtype=torch.float32)
         stacks = {k: m for k, m in llm.named_modules() if isinstance(m, nn.ModuleList)}
@@ -95,7 +95,7 @@ class LLMBlock(nn.Module):
         for i in indices:
             layer = stacks[path][i].requires_grad_(not frozen)
             unsaved = set(dict(layer.named_buffers())) - set(layer.state_dict())
-            if unsaved or getattr(config, "alibi", False):  # GPT-Neo; some Falcons
+            if unsaved or getattr(config, "alibi", False):  # GPT-Neo; Falcon
                 raise ValueError("a layer has positions or a mask built in")
             for module in layer.modules():
                 if hasattr(module, "is_causal"):
@@ -149,7 +149,7 @@ class LLMBlock(nn.Module):
         if mask is not None:
             # Numbers, not bool: eager attention adds its mask, and would add True as 1.
             mask = torch.zeros_like(mask, dtype=h.dtype).masked_fill(~mask, MASKED)
-            mask = mask[:, None, None, :].expand(B, 1, N, N)
+            mask = mask[:, None, None, :].expand(B, 1, N, N)  # keys, alike for every query
         # Every token is at position 0, where the rotation of queries and keys is the identity.
         positions = torch.zeros(1, N, dtype=torch.long, device=h.device)
         extra = {"position_ids": positions, "alibi": None, "shared_kv_states": {}}
@@ -164,8 +164,8 @@ class LLMBlock(nn.Module):
 
     @torch.no_grad()
     def _check_order(self, D):
-        """No mask and no positions means: permuted tokens, and padding behind them, give permuted
-        outputs. A family for which this fails is refused, never run wrongly."""
+        """No causal mask and no positions: permuted tokens, with padding behind them, must give
+        permuted outputs. A family for which this fails is refused."""
         # Small, so that the layer's own output decides the comparison, not the residual.
         x = torch.randn(1, 5, D) / 100
         order = [3, 0, 4, 1, 2]
@@ -226,7 +226,7 @@ def read_layer(root, repo, prefix, names):
 
 
 def match(keys, prefix, names):
-    """{parameter: its key}. Before layers.31 stands nothing, model. or language_model.model."""
+    """{parameter: its key in the file}, which may begin with, say, model. before layers.31."""
     keys = set(keys)
     tail = f"{prefix}.{names[0]}"
     outer = {key.removesuffix(tail) for key in keys if f".{key}".endswith(f".{tail}")}
@@ -253,7 +253,7 @@ def fetch_layer(repo, root, prefix, names):
     with FileLock(f"{path}.lock"):  # torchrun starts several processes at once
         if path.exists():
             return  # another process was faster
-        data = fetch_ranges(repo, root.name, prefix, names)
+        data = fetch_ranges(repo, root.name, prefix, names)  # root is named by its commit
         if data:
             part.write_bytes(data)
             os.replace(part, path)  # so that a half-written file is never found there
@@ -264,7 +264,7 @@ def fetch_layer(repo, root, prefix, names):
 
 
 def fetch_ranges(repo, commit, prefix, names):
-    """The bytes of a small safetensors file with one layer, b"" if the server offers no ranges.
+    """The bytes of a small safetensors file with one layer; b"" without safetensors or byte ranges.
 
     The format: 8 bytes with the length of the header; the header in JSON, {name: {dtype, shape,
     data_offsets}}; the data.
@@ -296,7 +296,7 @@ def fetch_ranges(repo, commit, prefix, names):
 
 def find_data(url):
     """Where the data of a safetensors file begin; None if there is none, or no byte ranges."""
-    # A stream: if the server sends all of the file, we hang up before its first byte.
+    # 206 is a range. At 200 the whole file is coming: a stream lets us hang up at once.
     with ask(utils.http_stream_backoff, url, 0, 8) as answer:
         if answer.status_code in (200, 404):
             return None
@@ -338,7 +338,7 @@ def run(main):
     except (UserError, OSError) as e:
         fail(e)
     except KeyboardInterrupt:
-        print("stopped: a training goes on with the same command", file=sys.stderr)
+        print("stopped: the same command resumes a training", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,7 +14,7 @@ The paper's ImageNet run (Table 1; ViT-S 80.1 -> 80.7 top-1; 4 to 6 days on 4 A1
 A tenth of train is held out to select the epoch; val/ is the test set, used once.
 Differs from the paper: torchvision's RandAugment, no repeated augmentation, gradients are clipped
 at norm 1, biases start as PyTorch's and not at 0, no EMA (theirs is kept, but not used).
-Letters: B batch, N tokens, D width of the ViT, h heads, S side of the images, K classes.
+Letters: B batch, N tokens, D width of the ViT (llmblock's dim), h heads, S side, K classes.
 """
 
 import argparse
@@ -156,15 +156,15 @@ def evaluate(args, model, images):
 
 # ---------------------------------------------------------------- data
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -363,7 +363,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -392,12 +392,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -411,12 +411,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -431,7 +431,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

@@ -9,7 +9,7 @@ The paper's run (Table 4; VectorNet minADE6 0.77 -> 0.76 m; 2 days on one A100; 
     python train_motion.py --data argoverse1 --root DIR --map map_files --model small \
         --llm huggyllama/llama-7b --block none random pretrained --epochs 60 --lr 5e-4
 
-The last tenth of train, by time, selects the epoch (some files overlap train's); val is the test.
+Train's last tenth by time selects the epoch (it may share seconds with the rest); val is the test.
 Differs from the paper, which describes neither its head for 6 trajectories nor its loss: see
 NOTE(paper). The global attention is a transformer layer; VectorNet's auxiliary task is left out;
 scenes are mirrored at random; gradients are clipped at norm 1.
@@ -65,7 +65,7 @@ class PolylineNet(nn.Module):
     def __init__(self, P, D):
         super().__init__()
         W = D // 2
-        widths = (4, 2 * W, 2 * W)  # numbers of a vector; then its own W and the polyline's W
+        widths = (4, 2 * W, 2 * W)  # a vector; then its own W beside the polyline's W
         layers = [nn.Sequential(nn.Linear(w, W), nn.LayerNorm(W), nn.ReLU()) for w in widths]
         self.layers = nn.ModuleList(layers)
         self.proj = nn.Linear(4 * (P - 1) + W, D)
@@ -79,7 +79,7 @@ class PolylineNet(nn.Module):
         for layer in self.layers:
             x = layer(x) * valid  # (B, N, P - 1, W); 0 changes no maximum: ReLU gives none below
             polyline = x.amax(2, keepdim=True)  # (B, N, 1, W)
-            x = torch.cat([x, polyline.expand_as(x)], dim=-1)  # (B, N, P - 1, 2W)
+            x = torch.cat([x, polyline.expand_as(x)], dim=-1)  # (B, N, P - 1, 2W); the last: unused
         # 3) NOTE(paper): the token also gets all vectors, as maxima alone blur the motion.
         return self.proj(torch.cat([vectors.flatten(2), polyline[:, :, 0]], dim=-1))
 
@@ -112,7 +112,7 @@ class VectorNet(nn.Module):
         seconds = torch.arange(1, moves.shape[2] + 1, device=x.device) / SECOND  # (T)
         velocity = -agents[:, :1, None, -1 - SECOND]  # (B, 1, 1, 2): from there to 0 in a second
         straight = velocity * seconds[:, None]  # (B, 1, T, 2)
-        return straight + 3 * moves, confidence  # corrections are some 3 metres
+        return straight + 3 * moves, confidence  # some 3 metres: bf16 keeps the centimetres
 
 
 # ---------------------------------------------------------------- loss and metrics
@@ -128,7 +128,7 @@ def compute_loss(args, model, batch):
 
 @torch.no_grad()
 def evaluate(args, model, scenes):
-    """Metres, and misses in percent. As in Argoverse, the best of K is what *ends* nearest."""
+    """Metres; misses in percent; brier adds (1 - confidence)^2. The best of K *ends* nearest."""
     model.eval()
     sums = torch.zeros(7)
     for agents, lanes, future in batches(args, scenes):
@@ -151,15 +151,15 @@ def evaluate(args, model, scenes):
 
 # ---------------------------------------------------------------- data
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -195,7 +195,7 @@ def make_scene(tracks, lanes, P, T):
     needed = tracks[0, P - 1 - SECOND : P + T]  # of the target, from a second ago
     if np.isfinite(needed).sum() < 1 + SECOND + T:
         raise ValueError("the target is not seen throughout the last second and the future")
-    now = needed[SECOND]
+    now = needed[SECOND]  # its place at step P - 1
     turn = np.exp(-1j * np.angle(now - needed[0]))  # times this: rotated by minus its direction
     tracks = (tracks - now) * turn
     lanes = (lanes - now) * turn
@@ -269,7 +269,7 @@ def resample(points):
 
 
 def find_scenes(args, split):
-    """The files of train or val, sorted by time; of the toy the numbers of its scenes."""
+    """The files of train or val by time (--limit: the earliest); of the toy its numbers."""
     if args.data == "toy":
         return range(4_000) if split == "train" else range(4_000, 5_000)
     layout = {"argoverse1": "data/*.csv", "argoverse2": "*/scenario_*.parquet"}[args.data]
@@ -288,7 +288,7 @@ def first_time(path):
 def load_data(args):
     """{"train", "val", "test": Scenes}, for --eval the test set alone."""
     P, T = STEPS[args.data]
-    args.classes = [P, T]  # --eval wants what the checkpoint was trained for
+    args.classes = [P, T]  # there are none: stands in, so that --eval refuses other P, T
     maps = []
     if args.map:  # a file, or a directory as Argoverse 1's or of Argoverse 2's sensor logs
         path = Path(args.map)
@@ -321,13 +321,13 @@ def load_data(args):
 
 def draw_toy(index):
     """Three roads part at a fork. Tracks (2, 50) of the target and of a car in front whose speed
-    it takes on; lanes (3, 20). Nothing tells which road a car takes; lanes tell how it bends."""
+    it takes on; lanes (3, 20). Nothing tells which road it takes; lanes tell how it bends."""
     rng = np.random.default_rng(index)
     fork = rng.uniform(10, 30)  # metres ahead
     bends = rng.uniform([0.02, -0.02, -0.06], [0.06, 0.02, -0.02])  # 1 / radius: left, on, right
     own, leader = rng.uniform(4, 16, 2)  # metres per second
     t = np.arange(-19, 31) / SECOND
-    change = np.maximum(t, 0) ** 2 / 6  # of way, while the speed changes evenly for 3 seconds
+    change = np.maximum(t, 0) ** 2 / 6  # a t^2 / 2 with a = 1 / 3: alike after 3 seconds
     driven = [own * t + (leader - own) * change, 25 + leader * t]  # metres, the target's first
     tracks = [follow(s, fork, rng.choice(bends)) for s in driven]
     lanes = [follow(np.linspace(-30, 70, 20), fork, bend) for bend in bends]
@@ -398,7 +398,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -427,12 +427,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -446,12 +446,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -466,7 +466,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

@@ -10,8 +10,8 @@ The paper's run (Table 2; ScanObjectNN T50 83.1 -> 83.8; 6 to 10 hours on 4 A100
         --block none random pretrained --epochs 300 --warmup 10 --lr 5e-4
 
 A tenth of train selects the epoch (in T50, the hardest variant, it shares objects with the rest).
-Differs from the paper: its code, also without the block, trains norms, biases and CLS at a tenth
-of the rate, the projections at half of it without decay; here all train alike (see --proj-lr). It
+Differs from the paper: its code trains norms, biases and CLS (in all arms) at 0.1 of the rate, the
+projections at 0.5 of it, without decay; here all train alike (see --proj-lr). It
 selects on the test set, thins the clouds anew in each epoch, clips gradients at norm 10, not 1.
 Letters: B batch, P points, G groups of M = 32 points, N tokens, D, W widths, h heads, K classes.
 """
@@ -43,12 +43,12 @@ MODELS = {  # small is Point-BERT (https://arxiv.org/abs/2111.14819); micro is o
     "micro": {"D": 64, "depth": 3, "heads": 4, "W": 32, "drop_path": 0.0, "dropout": 0.0},
     "small": {"D": 384, "depth": 12, "heads": 6, "W": 256, "drop_path": 0.1, "dropout": 0.5},
 }
-FILES = {  # where the data is, below --root; {} stands for train or test
+FILES = {  # below --root, by --data or, for scanobjectnn, --variant; {} is train or test
     "txt": "*_{}.txt",  # names of clouds, as in modelnet40_normal_resampled
     "h5": "ply_data_{}*.h5",  # as in modelnet40_ply_hdf5_2048
-    "bg": "main_split/{}*_objectdataset.h5",  # ScanObjectNN: objects with background,
-    "obj": "main_split_nobg/{}*_objectdataset.h5",  # without it,
-    "t50": "main_split/{}*_objectdataset_augmentedrot_scale75.h5",  # and several perturbed copies
+    "bg": "main_split/{}*_objectdataset.h5",  # ScanObjectNN, with background
+    "obj": "main_split_nobg/{}*_objectdataset.h5",  # without background
+    "t50": "main_split/{}*_objectdataset_augmentedrot_scale75.h5",  # with it, moved, turned, scaled
 }
 SURFACES = ["sphere", "tube", "hourglass", "ring", "bowl", "saddle", "wave", "screw"]  # of the toy
 
@@ -141,7 +141,7 @@ class PointBERT(nn.Module):  # parts are named as in the published weights
         self.cls_head_finetune = nn.Sequential(*head)
 
     def forward(self, x):
-        # From points to tokens in fp32, also with --bf16: that would shift the centres by 0.4 %.
+        # Points become tokens in fp32, whatever --bf16 says: bf16 moves centres by up to 0.4 %.
         with torch.autocast(x.device.type, enabled=False):
             centres, groups = group_points(x, self.G)  # (B, G, 3), (B, G, M, 3)
             x = self.reduce_dim(self.encoder(groups))  # (B, G, D)
@@ -174,15 +174,15 @@ def evaluate(args, model, clouds):
 
 # ---------------------------------------------------------------- data
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -204,10 +204,10 @@ class Clouds(TensorDataset):  # pairs (points or their file, class) -> x (P, 3),
         if args.data != "scanobjectnn":  # into the unit sphere, as the paper; ScanObjectNN stays
             x = x - x.mean(1, keepdim=True)
             x = x / x.norm(dim=2).amax(1)[:, None, None]
-        named = set(labels) <= set(range(len(args.classes)))
+        named = set(labels) <= set(range(len(args.classes)))  # each is the number of a class
         if x.shape[1] < args.points or x.shape[2] < 3 or not named or not x.isfinite().all():
             raise ValueError("too few points in a cloud, no z, NaN or a class without a name")
-        n = args.points * 1200 // 1024  # as the paper: training draws 1024 points out of 1200
+        n = args.points * 1200 // 1024  # as the paper: the farthest 1200 for 1024
         if x.shape[1] > n:
             x = torch.cat([farthest_points(part.to(args.device), n).cpu() for part in x.split(64)])
         super().__init__(x, torch.tensor(labels).long())
@@ -218,7 +218,7 @@ class Clouds(TensorDataset):  # pairs (points or their file, class) -> x (P, 3),
         if self.train:  # other points each time, stretched and shifted along each axis
             x = x[torch.randperm(len(x))]
             x = x * torch.empty(3).uniform_(2 / 3, 3 / 2) + torch.empty(3).uniform_(-0.2, 0.2)
-        return x[: self.P], y
+        return x[: self.P], y  # in the test those picked first, so well spread
 
 
 def read_pairs(args, split):
@@ -231,7 +231,7 @@ def read_pairs(args, split):
     files = sorted(root.glob(pattern))
     if not files:
         raise FileNotFoundError(f"it has no {pattern}")
-    names = sorted(root.glob("*shape_names.txt"))  # ScanObjectNN has none, for 15 classes
+    names = sorted(root.glob("*shape_names.txt"))  # without: ScanObjectNN's 15, numbered
     classes = names[-1].read_text().split() if names else [str(i) for i in range(15)]
     pairs = []
     if args.data == "txt":
@@ -255,7 +255,7 @@ def load_data(args):
         pairs["test"], args.classes = read_pairs(args, "test")
         if not args.eval:
             pairs["train"], _ = read_pairs(args, "train")
-            pairs["val"] = pairs["train"][::10]  # held out, to select the best epoch
+            pairs["val"] = pairs["train"][::10]  # every tenth has all classes; selects the epoch
             del pairs["train"][::10]
         data = {split: Clouds(args, pairs[split], split == "train") for split in pairs}
     args.sizes = {split: len(clouds) for split, clouds in data.items()}
@@ -263,7 +263,7 @@ def load_data(args):
 
 
 def draw_toy(index, P):
-    """Noisy points (P, 3) on one of eight surfaces after a random linear map, and the class."""
+    """Noisy points (P, 3) on one of eight surfaces, after a random linear map; and the class."""
     rng = np.random.default_rng(index)
     u, v = rng.uniform(-3, 3, (2, P))  # where on the surface each point is, (P) both
     surfaces = {
@@ -313,7 +313,7 @@ def build_model(args, kind, seed):
 
 def load_init(model, path):
     """Fill the host from Point-BERT.pth or a fine-tuned file; its head, too, if that fits."""
-    scalar = np.float64(0).__reduce__()[0]  # makes NumPy numbers: the files hold accuracies, too
+    scalar = np.float64(0).__reduce__()[0]  # unpickles NumPy numbers, the files' accuracies
     safe = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]
     own = model.state_dict()
     fitting = {}
@@ -363,7 +363,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -392,12 +392,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -411,12 +411,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -431,7 +431,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

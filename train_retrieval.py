@@ -1,4 +1,4 @@
-r"""Image-text retrieval: METER's fusion with one frozen LLM block after it scores every pair.
+r"""Image-text retrieval: METER's fusion and one frozen LLM block after it score every pair.
 
     python train_retrieval.py --block none random pretrained     # three arms on toy images, offline
     python train_retrieval.py --data karpathy --root DIR --size 96       # Flickr8k, Flickr30k, COCO
@@ -12,8 +12,8 @@ The paper's run (Flickr30k image retrieval R@1 49.66 -> 50.22; 1 day on 4 A100; 
         --lr 5e-6 --proj-lr 10
 
 val selects the epoch (its first 100 images); test is used once, every image with every caption.
-Differs from the paper: METER trains on val, too, selects on test, augments images, and its false
-captions may be the image's own; Adam's betas (0.9, 0.98) and linear decay there.
+Differs from the paper: METER adds token types, trains on val, too, selects on test, augments, and
+its false captions may be the image's own; Adam's betas (0.9, 0.98) and linear decay there.
 Letters: B batch, K captions ranked, N visual, M text tokens, D width, S side; n images, C captions.
 """
 
@@ -48,7 +48,7 @@ from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 TASK, BEST = "retrieval", max  # BEST picks the best epoch by the first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base is METER's (https://arxiv.org/abs/2111.02387). depth: image encoder; fusion: either stream.
+# base: METER (https://arxiv.org/abs/2111.02387). depth: a new image encoder's; fusion: a stream's
 MODELS = {
     "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
     "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
@@ -165,7 +165,7 @@ def compute_loss(args, model, batch):
 
 @torch.no_grad()
 def evaluate(args, model, captions):
-    """Score every image with every caption, each encoded once. The processes share the images."""
+    """Score all images with all captions, each encoded once. A chunk has B K pairs, as a batch."""
     model.eval()
     chunks = captions.ids.to(args.device).split(args.batch_size // WORLD * CAPTIONS)
     texts = [model.text_encoder(ids) for ids in chunks]
@@ -176,7 +176,7 @@ def evaluate(args, model, captions):
         row = []
         for text, text_mask in texts:
             pairs = model.fuse(image.expand(len(text), -1, -1), text, text_mask)
-            row.append(model.rank_output(pairs)[:, 0])
+            row.append((pairs * model.rank_output.weight).sum(1))  # fp32: bf16 would make ties
         scores[i] = torch.cat(row)
     if WORLD > 1:
         dist.all_reduce(scores)  # the sum: rows of other processes are 0 here
@@ -188,7 +188,7 @@ def recalls(scores, owner):
     (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c].
     """
     true = owner == torch.arange(len(scores))[:, None]  # (n, C)
-    # Ties and NaN are ahead: rank 1 + others whose score is not below the true one's.
+    # A rank counts what is not below the true one: ties, NaN and, in ir, the true one itself.
     own = scores[owner, torch.arange(len(owner))]  # (C)
     best = scores.where(true, -torch.inf).amax(1, keepdim=True)  # (n, 1)
     ranks = {"ir": (~(scores < own)).sum(0), "tr": 1 + (~true & ~(scores < best)).sum(1)}
@@ -228,15 +228,15 @@ def to_pixels(image, S):
 
 
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -305,7 +305,7 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "magenta")
 SHAPES = {"square": (5, 5), "pole": (2, 5), "plate": (5, 2), "dot": (2, 2)}  # half width and height
 SCENES = list(product(combinations(SHAPES, 2), combinations(COLOURS, 2)))  # 90 of them
 random.Random(0).shuffle(SCENES)
-TOY = {"train": range(400), "val": range(400, 440), "test": range(440, 480)}  # images
+TOY = {"train": range(400), "val": range(400, 440), "test": range(440, 480)}  # scenes recur
 
 
 def draw_toy(index):
@@ -333,11 +333,11 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="where the data is")
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: base")
     p.add_argument("--size", type=int, default=36, help="of images; photos 96 to 224")
-    p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP as image encoder")
+    p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP; set --size 224, --lr")
     p.add_argument("--text", metavar="NAME", help="a pre-trained RoBERTa as text encoder")
     p.add_argument("--epochs", type=int, default=3, help="enough for the toy; paper: 10")
     p.add_argument("--batch-size", type=int, default=4, help="captions; paper: 512")
-    p.add_argument("--lr", type=float, default=7e-4, help="its peak; with --vision, of CLIP: 5e-6")
+    p.add_argument("--lr", type=float, default=7e-4, help="its peak; with --vision or --text: 5e-6")
     p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
     return parse_shared(p, argv)
@@ -354,13 +354,13 @@ def build_model(args, kind, seed):
 
 
 def param_groups(args, model):
-    """Weight decay on matrices alone. With pre-trained encoders METER's rates: --lr is theirs and
-    the ranking head's, what else is new has 5 times that."""
+    """Weight decay on all but vectors. With pre-trained encoders METER's rates: --lr is theirs and
+    the ranking head's, what else is new has 5 times that, projections --proj-lr times."""
     groups = {}
     slow = {"image_encoder": args.vision, "text_encoder": args.text, "rank_output.weight": True}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim > 1 else 0.0
-        new = not slow.get(name.partition(".encoder.")[0])  # neither pre-trained nor ranking head
+        new = not slow.get(name.partition(".encoder.")[0])  # so is `join`
         scale = 5.0 if new and (args.vision or args.text) else 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
@@ -393,7 +393,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -422,12 +422,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -441,12 +441,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -461,7 +461,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

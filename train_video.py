@@ -15,7 +15,7 @@ A clip is a video file (pip install av) or a folder of frames, which are sorted 
 A tenth of train selects the epoch; val/ or validation.json is the test set and used once.
 Differs from the paper: it tests the last epoch; here, RandAugment is torchvision's and gradients
 are clipped at norm 1. Layer 15 (of 0 to 31) is what its code takes; its text says, the last one.
-Letters: B batch, V views, T frames, S side in pixels, N tokens, D width, h heads, K classes.
+Letters: B batch, V views or copies, T frames, S side, N tokens, D width, h heads, K classes.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class VideoViT(nn.Module):  # VideoMAE's; its parts are named as in the publishe
         self.centre = centre  # whether to subtract a clip's mean colour
         cube = (2, patch, patch)  # the frames and pixels of one token
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(3, D, cube, cube)))
-        N = T // 2 * (S // patch) ** 2  # fixed positions, https://arxiv.org/abs/1706.03762, 3.5
+        N = T // 2 * (S // patch) ** 2  # positions: 3.5 of https://arxiv.org/abs/1706.03762
         angle = torch.arange(N)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)  # (N, D/2)
         positions = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
         self.register_buffer("positions", positions, persistent=False)
@@ -104,7 +104,7 @@ class VideoViT(nn.Module):  # VideoMAE's; its parts are named as in the publishe
         self.llm = llm
 
     def forward(self, x):
-        if self.centre:  # NOTE(paper): not in its recipe; from scratch, motion is learned sooner
+        if self.centre:  # NOTE(paper): in our light recipe alone: motion is learned sooner
             x = x - x.mean((1, 3, 4), keepdim=True)
         x = self.patch_embed(x.transpose(1, 2))  # (B, T, 3, S, S) -> (B, D, T/2, S/patch, S/patch)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
@@ -116,14 +116,14 @@ class VideoViT(nn.Module):  # VideoMAE's; its parts are named as in the publishe
 
 # ---------------------------------------------------------------- loss and metrics
 def compute_loss(args, model, batch):
-    # 1) all first copies of the clips, then all second ones, so that no clip stands beside itself
+    # 1) first copies of all clips, then second ones: what mixes neighbours (3) finds no twins
     x = batch[0].to(args.device)  # (B, V, T, 3, S, S): V copies of each clip
     y = batch[1].to(args.device).repeat(x.shape[1])  # (V B)
     x = normalise(x.transpose(0, 1).flatten(0, 1))  # (V B, T, 3, S, S)
     if args.recipe != "videomae":
         return F.cross_entropy(model(x), y)
     erase = v2.RandomErasing(0.25, value="random")
-    x = torch.stack([erase(clip) for clip in x])  # the same hole in all frames
+    x = torch.stack([erase(clip) for clip in x])  # the same hole and noise in all frames
     # 2) mix neighbours, all frames alike; y (V B, K) then says how much there is of each class
     K = len(args.classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=K), v2.CutMix(num_classes=K)])
@@ -155,15 +155,15 @@ def evaluate(args, model, clips):
 
 # ---------------------------------------------------------------- data
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -266,7 +266,7 @@ def load_data(args):
         test = find_clips(args, "val")
     data = {"test": Clips(test[: args.limit], args, args.views)}
     if not args.eval:
-        n = len(train) // 10  # held out, to select the best epoch
+        n = len(train) // 10  # held out; may be of the same recordings as the rest
         data["val"] = Clips(train[:n][: args.limit], args, "1x1")
         data["train"] = Clips(train[n:][: args.limit], args)
     args.sizes = {name: len(clips) for name, clips in data.items()}
@@ -277,7 +277,7 @@ def draw_toy(index, T, S):
     """A moving disc: frames uint8 (T, S, S, 3), its direction (the class), its masks (T, S, S)."""
     # One frame alone does not tell the direction: what leaves the picture comes back (np.roll).
     rng = random.Random(index)
-    hour = rng.randrange(12)  # 12 o'clock is up, 3 right; drawn first, whatever the size S
+    hour = rng.randrange(12)  # 0 is up, 3 right; drawn first, so the same for any T and S
     colour = np.array(rng.choices(range(150, 256), k=3), np.uint8)
     background = np.array(rng.choices(range(110), k=3), np.uint8)
     disc = Image.new("1", (S, S))
@@ -329,17 +329,17 @@ def build_model(args, kind, seed):
 def load_init(model, path):
     """Fill the host from a published file; its head, too, if it has as many classes."""
     own = model.state_dict()
-    with torch.serialization.safe_globals([argparse.Namespace]), reading(path):  # settings
+    with torch.serialization.safe_globals([argparse.Namespace]), reading(path):  # of its run
         weights = read(path)
         weights = weights.get("model", weights.get("module", weights))
         weights = {k.removeprefix("encoder."): w for k, w in weights.items()}  # pre-trained
         fitting = {k: w for k, w in weights.items() if k in own and w.shape == own[k].shape}
-    new = ("llm.", "head.", "fc_norm.")  # pre-training has no fc_norm
+    new = ("llm.", "head.", "fc_norm.")  # pre-training files lack them
     missing = [k for k in own if k not in fitting and not k.startswith(new)]
     if missing:
         raise UserError(f"--init {path} lacks {missing[0]}, or has it in another shape")
     model.load_state_dict(fitting, strict=False)
-    if "head.weight" not in fitting:  # as VideoMAE does it
+    if "head.weight" not in fitting:  # a new one starts near 0, as VideoMAE's
         model.head.weight.data.mul_(0.001)
         model.head.bias.data.zero_()
     print(f"{path}: {len(fitting)} tensors loaded, head: {'head.weight' in fitting}")
@@ -348,7 +348,7 @@ def load_init(model, path):
 def param_groups(args, model):
     """Weight decay on matrices alone; the lower a layer, the slower it learns (--layer-decay)."""
     groups = {}
-    top = len(model.blocks) + 1  # also the layer of the block's projections
+    top = len(model.blocks) + 1  # of all that comes after the blocks
     for name, p in model.named_parameters():
         layer = 0 if name.startswith("patch_embed.") else top
         if name.startswith("blocks."):  # blocks.0. and so on
@@ -383,7 +383,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -412,12 +412,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -431,12 +431,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -451,7 +451,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

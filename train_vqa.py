@@ -14,10 +14,10 @@ The paper's run in 2D (VQAv2 69.60 -> 70.23 on test-dev, 1 day on 4 A100; not ru
         --min-count 9
 
 A tenth of train's images or scenes selects the epoch; sqa3d without test files is tested on val.
-Differs from the paper: cosine, betas 0.9 and 0.999 (METER: a line, 0.9 and 0.98), clipping, no
-augmentation; --size is a guess. vqav2 is tested on val2014 after train2014, not on test-dev after
-both. In 3D, METER replaces SQA3D's host (VoteNet, LSTM, MCAN); the paper's 48.09 EM@1 is to be
-compared with its own mlp, 47.14, and random, 47.26: its baseline comes from another recipe.
+Differs from the paper: cosine, betas 0.9 and 0.999 (METER: linear, 0.9 and 0.98), clipping, no
+augmentation or token types; --size is a guess. vqav2 is tested on val2014 after train2014 (there:
+test-dev after both). In 3D, METER replaces SQA3D's host (VoteNet, LSTM, MCAN); compare the paper's
+48.09 EM@1 with its own mlp, 47.14, and random, 47.26: its baseline comes from another recipe.
 Letters: B batch, N visual and M text tokens, D width, S side of an image, P points, G groups of
 them, K answers.
 """
@@ -53,7 +53,7 @@ from llmblock import KINDS, LLMBlock, UserError, fail, read, reading, run, save
 TASK, BEST = "vqa", max  # BEST picks the best epoch by the first metric on validation data
 torch.backends.mha.set_fastpath_enabled(False)  # so that FLOP counters and pictures see attention
 
-# base is METER (https://arxiv.org/abs/2111.02387); depth: layers for images; fusion: of Fusion
+# base: METER (https://arxiv.org/abs/2111.02387). depth: of a new image encoder; fusion: of Fusion
 MODELS = {
     "micro": {"D": 64, "heads": 4, "dropout": 0.0, "depth": 1, "fusion": 2, "patch": 12},
     "small": {"D": 384, "heads": 6, "dropout": 0.1, "depth": 6, "fusion": 3, "patch": 16},
@@ -218,7 +218,7 @@ def compute_loss(args, model, batch):
 
 @torch.no_grad()
 def evaluate(args, model, questions):
-    """Percent: the best answer's score and, in 3D, how often one of ten answers is right."""
+    """Percent: the first guess's score, in all and by type; in 3D, whether one of ten is right."""
     model.eval()
     rows = []
     for x, ids, scores in batches(args, questions):
@@ -256,9 +256,9 @@ def normalise_answer(text):
 
 
 def soft_scores(answers):
-    """{answer: score}. VQA's min(n / 3, 1), averaged over leaving out each of ten people."""
+    """{answer: score}: VQA's min(n / 3, 1) of nine of ten people, averaged, is min(0.3 n, 1)."""
     counts = Counter(normalise_answer(answer) for answer in answers)
-    return {answer: min(0.3 * n, 1.0) for answer, n in counts.most_common()}  # that mean
+    return {answer: min(0.3 * n, 1.0) for answer, n in counts.most_common()}
 
 
 def question_type(text):
@@ -316,15 +316,15 @@ def read_split(args, split):
 
 
 def batches(args, dataset, seed=None):
-    """All samples in order or, with a seed, a shuffled epoch, shared out to the processes."""
+    """All samples in order or, with a seed, a shuffled epoch, shared out to the WORLD processes."""
     n = len(dataset)
     size = args.batch_size
-    items = list(enumerate(range(n)))  # what the data set is asked for: (random seed, index)
+    items = list(enumerate(range(n)))  # what __getitem__ is called with: (random seed, index)
     if seed is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         size = min(size, n // WORLD * WORLD)  # no larger than the data
         whole = n // size * size  # only whole batches
-        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # new random seeds
+        items = list(enumerate(order[:whole], 10_000_000 * seed))[RANK::WORLD]  # no seed twice
         size = size // WORLD  # of each process
     return DataLoader(dataset, size, sampler=items, num_workers=args.workers, collate_fn=collate)
 
@@ -366,10 +366,10 @@ def look(args, visual):
             if points[:1].shape not in ((1, 3), (1, 6)) or not points.isfinite().all():
                 raise ValueError("its `points` are not (n, 3) or (n, 6), or not finite")
         points = F.pad(points, (0, 6 - points.shape[1]))  # missing colours are black
-    # 1) P of them, in random order; a scene with fewer has some twice
+    # 1) P of them, in an order that the seed fixes; a scene with fewer repeats some
     order = torch.randperm(max(args.points, len(points)))
     points = points[order[: args.points] % len(points)]  # (P, 6)
-    place = points[:, :3] - points[:, :3].mean(dim=0)  # the scene's middle becomes 0
+    place = points[:, :3] - points[:, :3].mean(dim=0)  # toy3d's "Where" is now partly a guess
     place = place / (place.norm(dim=1).max() + 1e-6)  # NOTE(paper): SQA3D's stay metres
     # 2) the first G points are centres, each of a group of the 32 points nearest to it
     near = torch.cdist(place[:G], place).topk(32, largest=False).indices  # (G, 32)
@@ -388,13 +388,13 @@ def load_data(args):
             held = set(sorted({row.visual for row in train})[::10])
             splits["train"] = [row for row in train if row.visual not in held]
             splits["val"] = [row for row in train if row.visual in held]
-            counts = Counter(next(iter(row.scores)) for row in splits["train"])  # the first answers
+            counts = Counter(next(iter(row.scores)) for row in splits["train"])  # most frequent
             answers = sorted(answer for answer, n in counts.items() if n >= args.min_count)
             words = [] if args.text else find_words(row.text for row in splits["train"])
             args.classes = {"answers": answers, "words": words}
         known = set(args.classes["answers"])
         for split, rows in splits.items():
-            if split == "train":  # as METER: a question without one of our answers teaches nothing
+            if split == "train":  # as METER: no question whose scores for our answers are all 0
                 rows = [row for row in rows if known & row.scores.keys()]
             random.Random(0).shuffle(rows)  # so that --limit takes questions of all kinds
             if not rows[: args.limit]:
@@ -440,13 +440,13 @@ def parse_args(argv=None):
     p.add_argument("--model", choices=MODELS, default="micro", help="paper: base")
     p.add_argument("--size", type=int, default=36, help="of images; easyvqa 60, photos 96 to 224")
     p.add_argument("--points", type=int, default=256, help="of a scene; paper: 40000")
-    p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP as image encoder")
+    p.add_argument("--vision", metavar="NAME", help="a pre-trained CLIP; set --size 224, --lr")
     p.add_argument("--text", metavar="NAME", help="a pre-trained RoBERTa as text encoder")
     p.add_argument("--blind", action="store_true", help="hide images and scenes: a control")
     p.add_argument("--min-count", type=int, default=1, help="drop rarer answers; METER: 9")
     p.add_argument("--epochs", type=int, default=2, help="enough for the toys; paper: 10, 30 in 3D")
     p.add_argument("--batch-size", type=int, default=16, help="paper: 512, 32 in 3D")
-    p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision, of CLIP: 5e-6")
+    p.add_argument("--lr", type=float, default=1e-3, help="its peak; with --vision or --text: 5e-6")
     p.add_argument("--weight-decay", type=float, default=0.01, help="as METER")
     p.add_argument("--warmup", type=float, default=0.5, help="epochs; METER: a tenth of them")
     args = parse_shared(p, argv)
@@ -475,17 +475,17 @@ def build_model(args, kind, seed):
 
 
 def param_groups(args, model):
-    """Weight decay on matrices alone. Beside CLIP or RoBERTa, METER's rates: --lr is theirs."""
+    """Weight decay on all but vectors. Beside CLIP or RoBERTa, METER's rates: --lr is theirs."""
     groups = {}
     pretrained = {"image_encoder": args.vision, "text_encoder": args.text}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim > 1 else 0.0
-        new = not pretrained.get(name.partition(".encoder.")[0])
+        new = not pretrained.get(name.partition(".encoder.")[0])  # `join` is, too
         scale = 1.0
         if name.startswith("llm.proj"):
             scale = args.proj_lr
         elif new and (args.vision or args.text):
-            scale = 50.0 if name.startswith("head") else 5.0  # what is new learns faster
+            scale = 50.0 if name.startswith("head") else 5.0  # the rest learns faster
         groups.setdefault((decay, scale), []).append(p)
     return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
 
@@ -514,7 +514,7 @@ def parse_shared(p, argv):
     p.add_argument("--eval", metavar="CKPT", help="only test this checkpoint")
     p.error = fail  # a mistake is one line, without the list of all flags
     args = p.parse_args(argv)
-    if args.eval:  # the checkpoint's settings are the defaults, but for --limit and --init
+    if args.eval:  # parse again: the checkpoint's settings, classes too, are the defaults now
         p.set_defaults(**(read(args.eval, TASK)["settings"] | {"limit": None, "init": None}))
         args = p.parse_args(argv)
     if args.batch_size < 1 or args.batch_size % WORLD or (args.limit or 1) < 1:
@@ -543,12 +543,12 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from the seed and the step: that makes resuming exact.
+            # All randomness follows from these four numbers: that makes resuming exact.
             torch.manual_seed(hash((seed, epoch, step, RANK)))
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
-            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * now / args.epochs)) / 2
-            rate = (now + 1 / steps) / args.warmup if now < args.warmup else cosine
+            cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
+            rate = min(1, (now + 1 / steps) / args.warmup) if now < args.warmup else cosine
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate * group["lr_scale"]
             # 2) forward and backward
@@ -562,12 +562,12 @@ def train(args, kind, seed, data):
             total += loss.detach()
         row = {"epoch": epoch + 1, "loss": total.item() / steps}
         row["samples_per_s"] = steps * loader.batch_size * WORLD / (time.perf_counter() - start)
-        row["val"] = args.autocast(evaluate)(args, model, data["val"])
+        row["val"] = args.autocast(evaluate)(args, model, data["val"])  # runs it in autocast
         row["seconds"] = time.perf_counter() - start
         save_epoch(out, state, row, model, optimizer)
     model.load_state_dict(read(out / "best.pt", TASK)["model"])  # validation has chosen it
     state["result"] = test(args, model, seed, state["history"], data)
-    if RANK == 0:
+    if RANK == 0:  # finished: from here on last.pt holds the best epoch's model, too
         save(state | {"model": model.state_dict()}, out / "last.pt")
     return state["result"]
 
@@ -582,7 +582,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"--out: {path} has {key} {saved!s:.60}, not {settings[key]}")
+                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

@@ -8,7 +8,7 @@
 Prints tables of results. Into --out go two pictures of each task: learning curves; and samples
 with their tokens, from cold (black) to hot (white), in the first run of each arm. Where masks tell
 foreground (toy images know theirs), a table says how well heat finds it: the paper's information
-filtering, section 4. Other flags, as --root, are the training script's.
+filtering, section 4. Other flags, after the runs, are the training script's.
 Letters: N tokens, D width, S side of an image in pixels, T frames, P points, G groups of points.
 """
 
@@ -37,7 +37,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 @torch.no_grad()
 def look(task, model, inputs):
     """One sample's {stage: tokens (N, D)}, and how much the host's last attention sees each (N)."""
-    # 1) find the last self-attention among the tokens that the block gets
+    # 1) the last self-attention (the loop overwrites) among the tokens that the block gets
     for name, module in model.named_modules():
         if name.endswith((".attn", ".self_attn")) and "llm." not in name and "text" not in name:
             attention = module
@@ -51,7 +51,7 @@ def look(task, model, inputs):
         with model.llm.register_forward_pre_hook(remember):
             model(*inputs)
     # 3) call the attention once more, for its weights (1, N, N)
-    if task in ("motion", "vqa", "retrieval"):  # PyTorch's own tells them
+    if task in ("motion", "vqa", "retrieval"):  # PyTorch's; one sample has no padding to mask
         weights = attention(*calls[attention])[1]
     else:  # the same as in the scripts' class Attention
         bias = attention.qkv.bias
@@ -60,7 +60,7 @@ def look(task, model, inputs):
         qkv = F.linear(*calls[attention], attention.qkv.weight, bias)  # (1, N, 3 D)
         q, k, _ = qkv.unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # the mean of the heads
-    # video's head reads the mean of all tokens, the others' the first one
+    # video's head reads the mean of all tokens, others' the first (pointcloud's a maximum, too)
     weights = weights[0].mean(0) if task == "video" else weights[0, 0]
     return find_stages(model.llm, *calls[model.llm]), weights
 
@@ -73,8 +73,8 @@ def find_stages(llm, x, mask=None):
     h = llm.proj_in(x)  # (1, N, D)
     stages["proj_in"] = h[0]
     if llm.layers:
-        # The LLM's last layer adds its FFN's output to what it has after the attention. Where that
-        # output is 0, it returns this. The FFN ends in the last part that has matrices.
+        # The block's last layer adds its FFN's output to what it had after the attention, which
+        # alone is left if that output is 0. The FFN is, or ends in, the last part with matrices.
         for part in llm.layers[-1].children():
             if any(p.ndim > 1 for p in part.parameters()):
                 ffn = part
@@ -87,7 +87,7 @@ def find_stages(llm, x, mask=None):
 
 def heat_maps(task, stages, attention):
     """{"stage, measure": heat (N) from 0 to 1}, without the CLS token. magnitude: how far a token
-    is from the mean token; frequency: how far the phases of its channels' Fourier transform are."""
+    is from the mean token; frequency: the same of its channels' Fourier phases, not wrapped."""
     first = 0 if task in ("video", "motion") else 1  # the others have a CLS token
     maps = {}
     for stage, x in stages.items():
@@ -110,7 +110,7 @@ def score(heat, mask):
     precision = (found & mask).sum(1) / found.sum(1)
     hot = heat > torch.arange(1, 10)[:, None] / 10  # at nine thresholds (9, N)
     iou = (hot & mask).sum(1) / (hot | mask).sum(1)
-    # NOTE(paper): the mask itself picks the best one for each image, so chance is far above 0
+    # NOTE(paper): each image's mask picks its best threshold, so chance is far above 0
     return 100 * precision.mean().item(), 100 * iou.max().item()
 
 
@@ -125,7 +125,7 @@ def find_masked(script, S, root):
     crop = script.make_transform(S, "light", train=False)
     for path in sorted(Path(root, "images").glob("*")):
         with reading(path), Image.open(path) as image, Image.open(masks[path.stem]) as mask:
-            yield crop(image.convert("RGB")), crop(Image.fromarray(np.array(mask) > 0))
+            yield crop(image.convert("RGB")), crop(Image.fromarray(np.atleast_3d(mask).any(2)))
 
 
 def measure_masks(script, args, model, root):
@@ -158,7 +158,7 @@ def mask_table(arms):
 
 # ---------------------------------------------------------------- results
 def read_results(path):
-    """RESULT lines of a file, as they were printed."""
+    """A file of RESULT lines and no others: grep RESULT LOG."""
     with reading(path):
         results = [json.loads(line.removeprefix("RESULT ")) for line in path.open()]
         group_results(results)  # fails where they are something else
@@ -168,7 +168,7 @@ def read_results(path):
 def group_results(results):
     """{task, data, model, epochs, rate: {(kind, LLM, layers, proj-lr): [RESULT of each seed]}}."""
     groups = {}
-    for r in filter(None, results):  # without those of unfinished runs
+    for r in {str(r): r for r in results if r}.values():  # each once; None: an unfinished run
         arm = ("none", "", "", "")
         if r["kind"] != "none":
             arm = (r["kind"], r["llm"], " ".join(map(str, r["layers"])), str(r["proj_lr"]))
@@ -181,7 +181,7 @@ def results_table(arms):
     """A table of a group: mean ± sd of each metric, and the difference to `none`."""
     baselines = arms.get(("none", "", "", ""), [])
     names = list(next(iter(arms.values()))[0]["metrics"])
-    rows = [["block", "LLM", "layers", "proj-lr", "seeds", *names, f"{names[0]} - none"]]
+    rows = [["block", "LLM", "layers", "proj-lr", "seeds", *names, f"{names[0]} - none, 95 %"]]
     for arm, results in arms.items():
         row = [*arm, str(len(results))]
         row += [spread([r["metrics"][name] for r in results]) for name in names]
@@ -354,7 +354,7 @@ def draw_curves(arms):
             for point in points:
                 pen.circle(point, 2, colour)
         pen.text((80, 325 + 18 * i), f"{arm}, seeds: {len(runs)}", colour, FONT)
-    pen.text((80, 6), f"{one.metric} of validation data after each epoch", "black", FONT)
+    pen.text((80, 6), f"{runs[0].metric} of validation data after each epoch", "black", FONT)
     return picture
 
 
