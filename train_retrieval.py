@@ -95,6 +95,7 @@ class TextEncoder(nn.Module):
         self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, ids):
+        ids = ids[:, : (ids != PAD).sum(dim=1).max()]  # no longer than the longest text
         mask = ids != PAD
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
 
@@ -185,8 +186,7 @@ def evaluate(args, model, captions):
 
 def recalls(scores, owner):
     """Percent of captions that find their image (ir), and of images that find one of their captions
-    (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c].
-    """
+    (tr) among the first 1, 5, 10. scores (n, C); caption c is of image owner[c]."""
     true = owner == torch.arange(len(scores))[:, None]  # (n, C)
     # A rank counts what is not below the true one: ties, NaN and, in ir, the true one itself.
     own = scores[owner, torch.arange(len(owner))]  # (C)

@@ -100,6 +100,7 @@ class TextEncoder(nn.Module):
         self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
     def forward(self, ids):
+        ids = ids[:, : (ids != PAD).sum(dim=1).max()]  # no longer than the longest text
         mask = ids != PAD
         return self.join(self.encoder(ids, attention_mask=mask).last_hidden_state), mask
 
@@ -170,7 +171,6 @@ class VQA(nn.Module):
 
     def forward(self, x, ids):
         """Images (B, 3, S, S) or scenes (B, G, 32, 9), ids (B, M) -> logits of answers (B, K)."""
-        ids = ids[:, : (ids != PAD).sum(dim=1).max()]  # no longer than the longest text
         image = self.image_encoder(x)  # (B, N, D)
         text, text_mask = self.text_encoder(ids)  # (B, M, D), (B, M)
         image, text = self.fusion(image, text, text_mask)
