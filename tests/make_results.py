@@ -6,6 +6,7 @@ A line of results.jsonl is a RESULT line as it was printed, with four things add
 on validation data ("val"), command, commit and machine.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -22,8 +23,8 @@ PAPER = {  # none -> pretrained, its own setting
 NAMES = {  # what the real data are
     "image folder": "image, 8,000 of CIFAR-10", "pointcloud h5": "point clouds, 300 of DALES",
     "video ssv2": "video, 1,575 of Sprites", "motion argoverse1": "motion, 1,500 of Argoverse 1",
-    "vqa easyvqa": "VQA, easy-VQA", "vqa vqav2": "VQA, DAQUAR", "vqa sqa3d": "3D VQA, DALES scenes",
-    "retrieval karpathy": "retrieval, 650 of Flickr8k",
+    "vqa easyvqa": "VQA, easy-VQA", "vqa vqav2": "VQA, DAQUAR",
+    "vqa sqa3d": "3D VQA, DALES scenes", "retrieval karpathy": "retrieval, 650 of Flickr8k",
 }  # fmt: skip
 HEAD = """# All results
 
@@ -36,13 +37,6 @@ de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStorie
 token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` gets the original."""
 
 
-def read_results():
-    results = visualize.read_results(TESTS / "results.jsonl")
-    for r in results:
-        r["data"] += "-blind" * ("--blind" in r["command"])
-    return visualize.group_results(results)
-
-
 def choose(arms, kind, task):
     """The runs of a kind, at the rate of its projections that is best on validation, seed 0."""
     best = min if task == "motion" else max
@@ -53,10 +47,11 @@ def choose(arms, kind, task):
 def summary(groups, real):
     """README's table: a row for each data set, arms in columns, the first metric."""
     head = ["task, data", "metric", *[f"`{kind}`" for kind in ARMS]]
-    rows = [[*head, "paper"] if real else head]
-    for name, arms in groups.items():
+    rows = {"head": [*head, "paper"] if real else head}
+    for name in sorted(groups, key=lambda name: sum(map(len, groups[name].values()))):
         task, data = name.split()[:2]
-        if data.startswith("toy") != real and not data.endswith("-blind"):
+        arms = groups[name]
+        if f"{task} {data}" in NAMES if real else data.startswith("toy"):
             metric = next(iter(next(iter(arms.values()))[0]["metrics"]))
             row = [NAMES.get(f"{task} {data}", f"{task}, {data}"), metric]
             for kind in ARMS:
@@ -64,30 +59,28 @@ def summary(groups, real):
                 cell = visualize.spread([r["metrics"][metric] for r in runs]) if runs else "not run"
                 row.append(cell + " †" * bool(runs and runs[0]["proj_lr"] < 1))
             paper = "47.2 → 48.1 (SQA3D)" if data == "sqa3d" else PAPER[task]
-            rows.append([*row, paper] if real else row)
-    return visualize.markdown(rows)
+            rows[task, data] = [*row, paper] if real else row  # that of most results is last
+    return visualize.markdown(list(rows.values()))
 
 
-def fill(text, mark, table):
-    """README's text with a table between its two marks."""
-    before, _, rest = text.partition(f"<!-- {mark} -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    return f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}"
-
-
-def all_tables(groups):
-    """RESULTS.md."""
+def make(readme):
+    """README's text with its two tables made anew, and the text of RESULTS.md."""
+    results = visualize.read_results(TESTS / "results.jsonl")
+    for r in results:
+        r["data"] += "-blind" * ("--blind" in r["command"])
+        for size in re.findall(r"--batch-size (\d+)", r["command"]):
+            r["model"] += f", batches of {size}"
+    groups = visualize.group_results(results)
+    for mark, real in (("toys", False), ("real", True)):
+        before, _, rest = readme.partition(f"<!-- {mark} -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        readme = f"{before}<!-- {mark} -->\n{summary(groups, real)}\n<!-- end -->{after}"
     parts = [f"## {name}\n\n{visualize.results_table(arms)}" for name, arms in groups.items()]
-    return "\n\n".join([HEAD, *parts]) + "\n"
-
-
-def main():
-    groups = read_results()
-    readme = TESTS.parent / "README.md"
-    text = fill(readme.read_text(), "toys", summary(groups, real=False))
-    readme.write_text(fill(text, "real", summary(groups, real=True)))
-    (TESTS / "RESULTS.md").write_text(all_tables(groups))
+    return readme, "\n\n".join([HEAD, *parts]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    path = TESTS.parent / "README.md"
+    readme, tables = make(path.read_text())
+    path.write_text(readme)
+    (TESTS / "RESULTS.md").write_text(tables)

@@ -1,11 +1,7 @@
-"""One layer of a hub model costs one layer: against a stand-in for the hub on this machine.
-
-python -m pytest tests/test_hub.py -q
-"""
+"""One layer of a hub model costs one layer: against a stand-in for the hub on this machine."""
 
 import json
 import shutil
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +13,7 @@ from huggingface_hub import constants
 from test_llmblock import store
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from llmblock import LLMBlock, UserError  # noqa: E402
+from llmblock import LLMBlock, UserError
 
 LAYER = 4 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)  # bytes
 WEIGHTS = (".safetensors", ".bin")
@@ -169,8 +164,6 @@ def test_offline(hub, repos, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check(repos)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    assert "LocalEntryNotFoundError" in fails()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "LocalEntryNotFoundError" in fails()
 
 

@@ -2,20 +2,14 @@
 
 import csv
 import json
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_motion as tm  # noqa: E402
-from llmblock import UserError  # noqa: E402
-
-REAL = Path(os.environ.get("LLMBLOCK_DATA", "/nowhere")) / "motion"
+import train_motion as tm
+from llmblock import UserError
 
 
 def parse(*argv):
@@ -89,6 +83,7 @@ def test_toy_targets_take_any_road_and_the_speed_of_the_car_in_front():
         roads.append(away.min(axis=1).argmin())
         assert away.min() < 3 and abs(tracks[0, :20].imag).max() < 1e-9  # so far straight on
     assert set(roads) == {0, 1, 2}
+    assert not {*tm.find_scenes(parse(), "train")} & {*tm.find_scenes(parse(), "val")}
 
 
 def write_csv(path, tracks, start=0.0, city="PIT", change=list):
@@ -171,10 +166,10 @@ def test_wrong_paths_and_maps_are_named(argv, tmp_path):
             tm.load_data(parse(*argv, *more))
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="no LLMBLOCK_DATA")
-def test_real_data():
+def test_real_data(real):
     parquet = pytest.importorskip("pyarrow.parquet")
-    args = parse("--data", "argoverse2", "--root", REAL / "argoverse2_scenario")
+    root = real / "motion"
+    args = parse("--data", "argoverse2", "--root", root / "argoverse2_scenario")
     [path] = tm.find_scenes(args, "val")
     tracks, _ = tm.read_scene(path, [])
     rows = parquet.read_table(path).to_pylist()
@@ -182,8 +177,8 @@ def test_real_data():
     places = np.array([complex(row["position_x"], row["position_y"]) for row in focal])
     assert same([tracks[0]], [places]) and len(tracks) == len({row["track_id"] for row in rows})
     # real sequences of Argoverse 1 lie on the map of Argoverse 2: the target goes along a lane
-    [path] = REAL.glob("argoverse2_sensor_logs/3b3570b4*/map/log_map_archive*.json")
-    for n in json.loads((REAL / "argoverse1/on_map_3b3570b4.json").read_text())["val"]:
-        _, lanes, _ = scene_of(*tm.read_scene(REAL / f"argoverse1/val/data/{n}.csv", [path]))
+    [path] = root.glob("argoverse2_sensor_logs/3b3570b4*/map/log_map_archive*.json")
+    for n in json.loads((root / "argoverse1/on_map_3b3570b4.json").read_text())["val"]:
+        _, lanes, _ = scene_of(*tm.read_scene(root / f"argoverse1/val/data/{n}.csv", [path]))
         steps = np.diff(lanes)[abs(lanes[:, 1:]) < 5]
         assert (steps / abs(steps)).real.max() > 0.98

@@ -1,22 +1,13 @@
-"""README's and the docstrings' commands parse, README's Python runs, its numbers are results.
-
-python -m pytest tests/test_readme.py -q
-"""
+"""README's and the docstrings' commands parse, README's Python runs, its numbers are results."""
 
 import json
 import re
 import shlex
-import sys
 from importlib import import_module
-from pathlib import Path
 
+import make_results
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-import make_results  # noqa: E402
-import test_sizes  # noqa: E402
+from test_sizes import LINES, ROOT
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("train_*.py"))
@@ -32,10 +23,6 @@ def test_command_parses(script, argv, monkeypatch):
     monkeypatch.setattr(module, "read", lambda path, task: {"settings": {}})
     words = [word for word in shlex.split(argv) if word not in ("...", "done")]
     module.parse_args(words)  # exits on a flag or a value that is not there
-
-
-def test_there_are_commands_for_every_script():
-    assert {script for script, _ in COMMANDS} == set(SCRIPTS) and len(COMMANDS) > 15
 
 
 def test_python_runs(monkeypatch):
@@ -58,15 +45,13 @@ def test_the_forward_pass_in_readme_is_that_of_the_script():
 
 
 def test_tables_are_made_from_results():
-    groups = make_results.read_results()
-    text = make_results.fill(README, "toys", make_results.summary(groups, real=False))
-    assert make_results.fill(text, "real", make_results.summary(groups, real=True)) == README
-    assert make_results.all_tables(groups) == (ROOT / "tests/RESULTS.md").read_text()
+    assert make_results.make(README) == (README, (ROOT / "tests/RESULTS.md").read_text())
     for line in (ROOT / "tests/results.jsonl").open():
         assert {"commit", "machine", "command", "val", "date", "versions"} <= set(json.loads(line))
 
 
-def test_the_file_map_has_the_lines_that_the_sizes_test_holds():
+def test_readme_is_short_and_has_the_sizes_of_files_and_commands_for_every_script():
     rows = re.findall(r"\| `(\w+)\.py` \| (\d+) \|", README)
-    assert {name: int(lines) for name, lines in rows} == test_sizes.LINES
+    assert {name: int(lines) for name, lines in rows} == LINES
     assert len(README.encode()) <= 12_288
+    assert {script for script, _ in COMMANDS} == set(SCRIPTS)

@@ -1,9 +1,6 @@
 """train_retrieval.py: recall, samples, files. LLMBLOCK_DATA=DIR adds DIR/retrieval/flickr8k."""
 
 import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +8,8 @@ from PIL import Image, ImageColor
 from test_vqa import find_objects
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_retrieval as tr  # noqa: E402
-from llmblock import UserError  # noqa: E402
+import train_retrieval as tr
+from llmblock import UserError
 
 
 def arguments(*argv):
@@ -138,9 +134,8 @@ def test_toy_shows_what_it_says_and_every_scene_has_a_twin():
         assert found == {tr.SHAPES[b]: ImageColor.getrgb(a), tr.SHAPES[d]: ImageColor.getrgb(c)}
 
 
-@pytest.mark.skipif("LLMBLOCK_DATA" not in os.environ, reason="LLMBLOCK_DATA is not set")
-def test_flickr8k():
-    root = Path(os.environ["LLMBLOCK_DATA"]) / "retrieval/flickr8k"
+def test_flickr8k(real):
+    root = real / "retrieval/flickr8k"
     data = tr.load_data(arguments("--data", "karpathy", "--root", root, "--limit", 20))
     for captions in data.values():
         assert captions.owner.bincount().tolist() == [5] * 20

@@ -1,11 +1,7 @@
-"""What every training script promises, tested once over all of them. CPU, offline.
-
-python -m pytest tests/test_scripts.py -q
-"""
+"""What every training script promises, tested once over all of them."""
 
 import json
 import multiprocessing as mp
-import os
 import runpy
 import sys
 import time
@@ -15,23 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_llmblock import Malicious
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from llmblock import KINDS, UserError  # noqa: E402
+from llmblock import KINDS, UserError, hash_weights, read
 
-NAMES = sorted(p.stem.removeprefix("train_") for p in ROOT.glob("train_*.py"))
+NAMES = ["image", "motion", "pointcloud", "retrieval", "video", "vqa"]
+SCRIPTS = {name: import_module(f"train_{name}") for name in NAMES}
 SMALL = ["--limit", "32", "--epochs", "3", "--batch-size", "16", "--workers", "0", "--warmup", "0"]
 RECIPES = {"image": ["--recipe", "deit"], "video": ["--recipe", "videomae"]}
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 mp.set_forkserver_preload(["llmblock", "torchvision"])  # imported once for all processes
-
-
-def module(name):
-    return import_module(f"train_{name}")
 
 
 def flags(name, out, *argv):
@@ -40,20 +30,16 @@ def flags(name, out, *argv):
 
 
 def run(name, out, *argv):
-    return module(name).main(flags(name, out, *argv))
+    return SCRIPTS[name].main(flags(name, out, *argv))
 
 
-def folder(out, kind="pretrained"):
-    return next(out.glob(f"*/{kind}-s0"))
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
+def folder(out):
+    return next(out.glob("*/*-s0"))
 
 
 def as_a_user(monkeypatch, name, out, *argv):
     """What runpy.run_path needs to run the script as a user does, in a process of its own."""
-    path = str(ROOT / f"train_{name}.py")
+    path = SCRIPTS[name].__file__
     monkeypatch.setattr(sys, "argv", [path, *flags(name, out, *argv)])  # also over there
     return path, None, "__main__"
 
@@ -71,7 +57,7 @@ def once(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arms_differ_in_the_block_and_in_nothing_else(name):
-    script = module(name)
+    script = SCRIPTS[name]
     args = script.parse_args(["--limit", "8", "--proj-lr", "0.25"])
     script.load_data(args)
     models = {kind: script.build_model(args, kind, 0) for kind in KINDS}
@@ -93,7 +79,7 @@ def test_arms_differ_in_the_block_and_in_nothing_else(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_batch_is_learned_by_heart_from_its_inputs(name):
-    script = module(name)
+    script = SCRIPTS[name]
     args = script.parse_args(["--limit", "8", "--batch-size", "8", "--workers", "0"])
     data = script.load_data(args)
     model = script.build_model(args, "pretrained", 0)
@@ -109,10 +95,7 @@ def test_one_batch_is_learned_by_heart_from_its_inputs(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    weights = [p for layer in model.llm.layers for p in layer.parameters()]
-    fresh = script.build_model(args, "pretrained", 0).llm.layers
-    expected = [p for layer in fresh for p in layer.parameters()]
-    assert all(torch.equal(p, q) for p, q in zip(weights, expected, strict=True))
+    assert hash_weights(model.llm.layers) == model.llm.record["hash"]  # frozen
     # A sample's loss depends neither on its neighbours in the batch nor is it that of any other.
     samples = [data["train"][0, i] for i in range(4)]
     with torch.no_grad():
@@ -124,19 +107,15 @@ def test_one_batch_is_learned_by_heart_from_its_inputs(name):
             torch.testing.assert_close(together, sum(alone) / 4, rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_run_leaves_behind(once, capsys, monkeypatch):
+def test_what_a_run_leaves_behind(once, monkeypatch):
     name, out, trained = once
-    script = module(name)
-    last = load(folder(out) / "last.pt")
+    script = SCRIPTS[name]
+    last = read(folder(out) / "last.pt")
     held = {k for k in last["model"] if k.startswith("llm.")}
     assert held == {"llm.proj_in.weight", "llm.proj_out.weight"}  # no frozen weight
     rows = [json.loads(line) for line in (folder(out) / "metrics.jsonl").open()]
     assert [row["epoch"] for row in rows] == [1, 2, 3] and rows == last["history"]
-    values = [next(iter(row["val"].values())) for row in rows]
-    best = load(folder(out) / "best.pt")["history"][-1]
-    assert next(iter(best["val"].values())) == script.BEST(values)
-    fields = "task data model kind llm layers seed metrics params_trainable params_frozen date"
-    assert set(f"{fields} samples_per_s seconds versions proj_lr".split()) <= set(trained)
+    assert {"task", "data", "kind", "seed", "lr", "proj_lr", "versions", "date"} <= set(trained)
     assert trained["params_frozen"] == 442_752 and trained["llm"] == "tiny_llm"
     # The same command reprints; --eval needs the test split alone and writes nothing.
     monkeypatch.setattr(script, "compute_loss", None)
@@ -146,27 +125,30 @@ def test_what_a_run_leaves_behind(once, capsys, monkeypatch):
     assert tested["metrics"] == trained["metrics"] and not Path("nowhere").exists()
 
 
-def test_the_test_set_is_used_once_and_last(once, tmp_path, monkeypatch):
-    name, _, _ = once
-    script = module(name)
-    seen, evaluate, load_data = [], script.evaluate, script.load_data
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_selects_the_epoch_and_the_test_set_is_used_once(name, tmp_path, monkeypatch):
+    script = SCRIPTS[name]
+    load_data = script.load_data
+    values = [3.0, 1.0, 2.0, 0.0]  # the best is neither the last nor the one on test data
     splits = {}
+    tested = []
 
     def remember(args):
         splits.update(load_data(args))
         return splits
 
     def record(args, model, dataset):
-        seen.append(next(k for k, d in splits.items() if d is dataset))
-        value = {"image": [3.0, 1.0, 2.0]}.get(name, [1.0, 1.0, 1.0])[min(len(seen), 3) - 1]
-        return {"metric": value} if name == "image" else evaluate(args, model, dataset)
+        split = next(k for k, d in splits.items() if d is dataset)
+        tested.append((split, model.state_dict()["llm.proj_in.weight"].clone()))
+        return {"metric": values[len(tested) - 1]}
 
     monkeypatch.setattr(script, "load_data", remember)
     monkeypatch.setattr(script, "evaluate", record)
     run(name, tmp_path)
-    assert seen == ["val", "val", "val", "test"]
-    if name == "image":  # validation said: the first epoch is the best
-        assert len(load(folder(tmp_path) / "best.pt")["history"]) == 1
+    assert [split for split, _ in tested] == ["val", "val", "val", "test"]
+    best = values.index(script.BEST(values[:3]))
+    assert len(read(folder(tmp_path) / "best.pt")["history"]) == 1 + best
+    assert [torch.equal(tested[3][1], w) for _, w in tested[:3]].index(True) == best
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,11 +162,11 @@ def test_killed_and_continued_equals_uninterrupted(name, tmp_path, monkeypatch):
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert 1 <= len(load(folder(tmp_path / "a") / "last.pt")["history"]) <= 3
+    assert 1 <= len(read(folder(tmp_path / "a") / "last.pt")["history"]) <= 3
     killed = run(name, tmp_path / "a", *argv, "--workers", "1")[0]
     whole = run(name, tmp_path / "b", *argv)[0]
     assert killed["metrics"] == whole["metrics"]
-    a, b = (load(folder(tmp_path / x) / "last.pt")["model"] for x in "ab")
+    a, b = (read(folder(tmp_path / x) / "last.pt")["model"] for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
@@ -197,7 +179,7 @@ def test_two_processes_equal_one(once, tmp_path, monkeypatch):
     elastic_launch(torchrun, run_path)(*args)
     printed = [p.read_text() for p in sorted(tmp_path.glob("logs/**/stdout.log"))]
     assert printed[0].count("RESULT ") == 1 and not printed[1]
-    a, b = (load(folder(x) / "last.pt")["model"] for x in (out, tmp_path))
+    a, b = (read(folder(x) / "last.pt")["model"] for x in (out, tmp_path))
     # The mean, not the largest: where a gradient is rounding noise (as of a bias in front of a
     # BatchNorm), AdamW makes a step of it all the same. In point clouds, each process has its own
     # BatchNorm statistics and stretches its own clouds.
@@ -205,63 +187,36 @@ def test_two_processes_equal_one(once, tmp_path, monkeypatch):
     assert change.abs().mean() < (1e-4 if name == "pointcloud" else 2e-6)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "flipped":  # a bit in the middle of the largest tensor
-        with zipfile.ZipFile(path) as file:
-            largest = max(file.infolist(), key=lambda entry: entry.file_size)
-        data[largest.header_offset + largest.file_size // 2] ^= 1
-        path.write_bytes(data)
-    elif how == "malicious":
-        torch.save({"task": "image", "model": Malicious(str(path.parent / "made"))}, path)
-    else:
-        torch.save({"task": "video"}, path)
-
-
-def test_mistakes_are_refused(tmp_path):
+def test_mistakes_are_refused(tmp_path, monkeypatch):
     """For one script: the code is the same in all."""
-    image = module("image")
-    run("image", tmp_path, "--epochs", "1", "--block", "none")
-    last = folder(tmp_path, "none") / "last.pt"
+    monkeypatch.chdir(tmp_path)
+    image = SCRIPTS["image"]
+    run("image", tmp_path, "--epochs", "1")
+    last = folder(tmp_path) / "last.pt"
+    for flag, words in {"--lr=1": "lr 0.002, not 1", "--limit=24": "limit 32, not 24"}.items():
+        with pytest.raises(UserError, match=f"has {words}"):
+            run("image", tmp_path, "--epochs", "1", flag)
+    with pytest.raises(UserError, match="frozen_hash"):  # it is that of its own LLM layer
+        image.main(["--eval", str(last), "--layers", "0", "--limit", "8"])
     good = last.read_bytes()
-    for argv, words in {
-        ("--lr", "1"): "has lr 0.002, not 1",
-        ("--limit", "24"): "has limit 32, not 24",
-        ("--epochs", "2"): "has epochs 1, not 2",
-    }.items():
-        with pytest.raises(UserError, match=words):
-            run("image", tmp_path, "--epochs", "1", "--block", "none", *argv)
-    for how in ("cut", "flipped", "malicious", "another task"):
-        damage(last, how)
-        with pytest.raises(UserError, match="cannot use .*last.pt"):
-            run("image", tmp_path, "--epochs", "1", "--block", "none")
-        with pytest.raises(UserError, match="cannot use .*last.pt"):
-            image.main(["--eval", str(last)])
-        last.write_bytes(good)
-    assert not (last.parent / "made").exists()
+    flipped = bytearray(good)  # a bit in the middle of the largest tensor
+    largest = max(zipfile.ZipFile(last).infolist(), key=lambda entry: entry.file_size)
+    flipped[largest.header_offset + largest.file_size // 2] ^= 1
+    malicious = {"task": "image", "model": Malicious()}
+    for damaged in (good[: len(good) // 2], flipped, malicious, {"task": "video"}):
+        if isinstance(damaged, dict):
+            torch.save(damaged, last)
+        else:
+            last.write_bytes(damaged)
+        for command in (flags("image", tmp_path, "--epochs", "1"), ["--eval", str(last)]):
+            with pytest.raises(UserError, match="cannot use .*last.pt"):
+                image.main(command)
+    assert not Path("made").exists()
     with pytest.raises(UserError, match="the loss is nan"):
         run("image", tmp_path / "nan", "--lr", "1e30")
     for argv in (["--llm", "no/such/dir"], ["--layers", "9"], ["--data", "folder", "--root", "no"]):
         with pytest.raises(UserError):
             run("image", tmp_path / "new", *argv)
-    assert not (tmp_path / "new").exists()
+    assert not Path("new").exists()
     with pytest.raises(SystemExit, match="2"):
         image.main(["--block", "unheard-of"])
-
-
-def test_a_checkpoint_is_that_of_its_own_llm(tmp_path):
-    for kind in ("shuffled", "pretrained"):
-        run("image", tmp_path, "--epochs", "1", "--block", kind)
-        best = str(folder(tmp_path, kind) / "best.pt")
-        with pytest.raises(UserError, match="frozen_hash"):
-            module("image").main(["--eval", best, "--layers", "0", "--limit", "8"])

@@ -1,10 +1,7 @@
 """train_vqa.py: answers, readers, encoders, metrics. LLMBLOCK_DATA=DIR adds DIR/vqa, vqa3d."""
 
 import json
-import os
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +12,9 @@ import transformers
 from PIL import ImageColor
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_retrieval as tr  # noqa: E402
-import train_vqa as tv  # noqa: E402
-from llmblock import UserError  # noqa: E402
+import train_retrieval as tr
+import train_vqa as tv
+from llmblock import UserError
 
 
 def arguments(data, *argv):
@@ -228,13 +224,11 @@ def test_metrics_worked_by_hand(data, monkeypatch):
     assert metrics == pytest.approx(values) and list(metrics)[0] == list(values)[0]
 
 
-@pytest.mark.skipif("LLMBLOCK_DATA" not in os.environ, reason="LLMBLOCK_DATA is not set")
-def test_real_files_are_read():
-    root = Path(os.environ["LLMBLOCK_DATA"])
-    rows = tv.read_split(arguments("sqa3d", "--root", root / "vqa3d/sqa3d"), "test")
+def test_real_files_are_read(real):
+    rows = tv.read_split(arguments("sqa3d", "--root", real / "vqa3d/sqa3d"), "test")
     counts = {"What": 1147, "Is": 652, "How": 465, "Can": 338, "Which": 351, "Others": 566}
     assert Counter(row.kind for row in rows) == counts
     for data, folder in {"easyvqa": "easy_vqa", "vqav2": "daquar_vqav2"}.items():
-        args = arguments(data, "--root", root / "vqa" / folder, "--limit", 8)
+        args = arguments(data, "--root", real / "vqa" / folder, "--limit", 8)
         x, ids, scores = next(iter(tv.batches(args, tv.load_data(args)["test"])))
         assert x.float().std() > 0 and len(ids) == len(x) == 8 and scores.sum() > 0
