@@ -74,8 +74,7 @@ class ImageEncoder(nn.Module):
         size = {"hidden_size": D, "num_hidden_layers": depth + 1, "num_attention_heads": heads}
         size |= {"intermediate_size": 4 * D, "patch_size": patch, "image_size": S}
         config = transformers.CLIPVisionConfig(**size)
-        clip = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
-        self.encoder = getattr(clip, "vision_model", clip)  # transformers < 5.24 wraps it
+        self.encoder = load_model(transformers.CLIPVisionModel, name, "clip", config).float()
         self.encoder.encoder.layers = self.encoder.encoder.layers[:-1]  # METER drops the last
         self.join = nn.Linear(self.encoder.config.hidden_size, D) if name else nn.Identity()
 
