@@ -194,7 +194,7 @@ def find_llm(llm):
     """(config of the text model, directory that holds it, hub name or None if it is local)."""
     folders = [p for p in (Path(llm), Path(__file__).parent / llm) if p.is_dir()]
     repo = None if folders else str(llm)  # (tests/tiny_llm is beside this file)
-    with reading(llm):
+    with reading(llm if folders else f"{llm} (no directory here)"):
         root = folders[0] if folders else Path(hf_hub_download(repo, "config.json")).parent
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
         text = config.get_text_config()

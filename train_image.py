@@ -228,7 +228,7 @@ def read_images(args, train):
 def load_data(args):
     """Images by split: train, val, test; with --eval test alone. Sets args.classes and .sizes."""
     S = MODELS[args.model]["S"]
-    with reading(args.root):  # --eval reads no train: its classes are the checkpoint's
+    with reading(f"--root {args.root}"):  # --eval reads no train: its classes are the checkpoint's
         train, args.classes = ([], args.classes) if args.eval else read_images(args, train=True)
         test, names = read_images(args, train=False)
     # A test set may have fewer classes than the model, as ImageNet-A and -R: they go by name.
@@ -431,7 +431,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
+                raise UserError(f"{path} has {key} {saved!s:.50}, not {settings[key]}: new --out?")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

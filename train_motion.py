@@ -466,7 +466,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
+                raise UserError(f"{path} has {key} {saved!s:.50}, not {settings[key]}: new --out?")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

@@ -251,7 +251,7 @@ def read_pairs(args, split):
 def load_data(args):
     """{"train", "val", "test": Clouds}, for --eval the test set alone."""
     pairs = {}
-    with reading(args.root):
+    with reading(f"--root {args.root}"):
         pairs["test"], args.classes = read_pairs(args, "test")
         if not args.eval:
             pairs["train"], _ = read_pairs(args, "train")
@@ -431,7 +431,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
+                raise UserError(f"{path} has {key} {saved!s:.50}, not {settings[key]}: new --out?")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

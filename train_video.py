@@ -261,7 +261,7 @@ def find_clips(args, split):
 
 def load_data(args):
     """{"train", "val", "test": Clips}, for --eval the test set alone."""
-    with reading(args.root):
+    with reading(f"--root {args.root}"):
         train = [] if args.eval else find_clips(args, "train")
         test = find_clips(args, "val")
     data = {"test": Clips(test[: args.limit], args, args.views)}
@@ -451,7 +451,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
+                raise UserError(f"{path} has {key} {saved!s:.50}, not {settings[key]}: new --out?")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

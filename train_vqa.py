@@ -380,7 +380,7 @@ def look(args, visual):
 def load_data(args):
     """{"train", "val", "test": Questions}, for --eval the test questions alone."""
     data = {}
-    with reading(args.root):
+    with reading(f"--root {args.root}"):
         splits = {"test": read_split(args, "test")}
         if not args.eval:  # validation: every tenth image or scene, with all its questions
             train = read_split(args, "train")
@@ -581,7 +581,7 @@ def resume(args, path, kind, seed, model, optimizer):
         for key in ("model", "block", "seeds", "classes", "frozen_hash") if args.eval else settings:
             saved = state["settings"].get(key)
             if saved != settings[key]:
-                raise UserError(f"{path} has {key} {saved!s:.60}, not {settings[key]!s:.60}")
+                raise UserError(f"{path} has {key} {saved!s:.50}, not {settings[key]}: new --out?")
         with reading(path):  # fails if it has other shapes
             model.load_state_dict(state["model"])
             if not args.eval:

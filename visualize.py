@@ -172,7 +172,7 @@ def group_results(results):
         arm = ("none", "", "", "")
         if r["kind"] != "none":
             arm = (r["kind"], r["llm"], " ".join(map(str, r["layers"])), str(r["proj_lr"]))
-        group = "{task} {data} {model}, {epochs} epochs, lr {lr}".format(**r)
+        group = "{task} {data} {model}, {epochs} epochs, lr {lr}{flags}".format(**{"flags": ""} | r)
         groups.setdefault(group, {}).setdefault(arm, []).append(r)
     return groups
 
@@ -183,7 +183,7 @@ def results_table(arms):
     names = list(next(iter(arms.values()))[0]["metrics"])
     rows = [["block", "LLM", "layers", "proj-lr", "seeds", *names, f"{names[0]} - none, 95 %"]]
     for arm, results in arms.items():
-        row = [*arm, str(len(results))]
+        row = [*arm, " ".join(str(r["seed"]) for r in results)]
         row += [spread([r["metrics"][name] for r in results]) for name in names]
         rows.append([*row, gain(results, baselines, names[0])])
     return markdown(rows)

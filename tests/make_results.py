@@ -2,11 +2,10 @@
 
     python tests/make_results.py
 
-A line of results.jsonl is a RESULT line as it was printed, with four things added: the best value
-on validation data ("val"), command, commit and machine.
+A line of results.jsonl is a RESULT line as it was printed, with five things added: the best value
+on validation data ("val"), command, commit, machine, and other flags that tell runs apart.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def summary(groups, real):
     for name in sorted(groups, key=lambda name: sum(map(len, groups[name].values()))):
         task, data = name.split()[:2]
         arms = groups[name]
-        if f"{task} {data}" in NAMES if real else data.startswith("toy"):
+        if "--blind" not in name and (f"{task} {data}" in NAMES if real else "toy" in data):
             metric = next(iter(next(iter(arms.values()))[0]["metrics"]))
             row = [NAMES.get(f"{task} {data}", f"{task}, {data}"), metric]
             for kind in ARMS:
@@ -65,10 +64,6 @@ def summary(groups, real):
 def make(readme):
     """README's text with its two tables made anew, and the text of RESULTS.md."""
     results = visualize.read_results(TESTS / "results.jsonl")
-    for r in results:
-        r["data"] += "-blind" * ("--blind" in r["command"])
-        for size in re.findall(r"--batch-size (\d+)", r["command"]):
-            r["model"] += f", batches of {size}"
     groups = visualize.group_results(results)
     for mark, real in (("toys", False), ("real", True)):
         before, _, rest = readme.partition(f"<!-- {mark} -->\n")

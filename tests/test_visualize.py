@@ -88,10 +88,10 @@ def test_a_table_by_hand_from_result_lines(tmp_path, capsys):
     vis.main([str(tmp_path / "a.jsonl")])
     # differences by seed 2, 1, 3: mean 2, deviation 1, so 4.303 / sqrt(3)
     assert capsys.readouterr().out.strip().splitlines()[4:] == [
-        "| none |  |  |  | 4 | 75.00 ± 10.03 |  |",
-        "| pretrained | tiny | 3 | 1.0 | 3 | 72.00 ± 2.00 | +2.00 ± 2.48 |",
-        "| pretrained | tiny | 1 2 | 1.0 | 1 | 50.00 | -20.00 |",
-        "| pretrained | tiny | 3 | 0.1 | 1 | 50.00 |  |",  # `none` has no such seed
+        "| none |  |  |  | 0 1 2 3 | 75.00 ± 10.03 |  |",
+        "| pretrained | tiny | 3 | 1.0 | 2 1 0 | 72.00 ± 2.00 | +2.00 ± 2.48 |",
+        "| pretrained | tiny | 1 2 | 1.0 | 0 | 50.00 | -20.00 |",
+        "| pretrained | tiny | 3 | 0.1 | 7 | 50.00 |  |",  # `none` has no such seed
     ]
 
 
@@ -113,7 +113,7 @@ def test_runs_of_other_settings_are_other_arms_and_masks_find_images(tmp_path, c
     printed = capsys.readouterr().out.rpartition("RESULT")[2]
     for arm in ("layers 1, proj-lr 1.0", "layers 2, proj-lr 1.0", "layers 3, proj-lr 0.1"):
         assert printed.count(f"pretrained, lr 0.002, epochs 1, tiny_llm, {arm} |") == 11  # maps
-    assert printed.count("is left out") == 2 and "| none |  |  |  | 1 |" in printed
+    assert printed.count("is left out") == 2 and "| none |  |  |  | 0 |" in printed
 
 
 @pytest.mark.parametrize("wrong", ["no/such/run", "tests", "README.md", "tests/no.jsonl"])
