@@ -74,7 +74,8 @@ def make(readme):
         after = rest.partition("<!-- end -->")[2]
         readme = f"{before}<!-- {mark} -->\n{summary(groups, real)}\n<!-- end -->{after}"
     parts = [f"## {name}\n\n{visualize.results_table(arms)}" for name, arms in groups.items()]
-    return readme, "\n\n".join([HEAD, *parts]) + "\n"
+    parts.append((TESTS / "filtering.md").read_text())
+    return readme, "\n\n".join([HEAD, *parts])
 
 
 if __name__ == "__main__":
