@@ -77,7 +77,7 @@ class LLMBlock(nn.Module):
             if kind == "mlp":
                 self.norm = nn.LayerNorm(D)  # the paper's control
             elif kind != "linear":
-                with reading(f"{llm} ({config.model_type})"):
+                with reading(f"{llm} ({config.model_type}: unfit or damaged)"):
                     self._add_layers(config, root, repo, layers, dtype)
         if kind in FROZEN:
             self.record["hash"] = hash_weights(self.layers)

@@ -4,7 +4,7 @@ r"""Visual question answering in 2D and 3D: METER's fusion with one frozen LLM b
     python train_vqa.py --data toy3d --block none random pretrained        # ... on toy 3D scenes
     python train_vqa.py --data easyvqa --root DIR --size 60  # {train,test}/{questions.json,images/}
     python train_vqa.py --data vqav2 --root DIR --blind      # without images: the number to beat
-    python train_vqa.py --data sqa3d --root DIR              # scenes/{train,val,test}/SCENE.npz
+    python train_vqa.py --data sqa3d --root DIR  # scenes/{train,val,test}/SCENE.npz: points (n, 6)
 
 The paper's run in 2D (VQAv2 69.60 -> 70.23 on test-dev, 1 day on 4 A100; not run here):
 

@@ -423,7 +423,7 @@ def main(argv=None):
         draw_curves(arms).save(f"{path}-curves.png")
         print(f"\npictures: {path}*.png")
         if firsts[0].masks:
-            print(f"\n{mask_table(arms)}")
+            print(f"\nin percent, to compare with what chance finds:\n\n{mask_table(arms)}")
 
 
 if __name__ == "__main__":
