@@ -24,19 +24,7 @@ NAMES = {  # what the real data are
     "vqa easyvqa": "VQA, easy-VQA", "vqa vqav2": "VQA, DAQUAR",
     "vqa sqa3d": "3D VQA, DALES scenes", "retrieval karpathy": "retrieval, 650 of Flickr8k",
 }  # fmt: skip
-HEAD = """# All results
-
-Made from [results.jsonl](results.jsonl) by `python tests/make_results.py`. Mean ± standard
-deviation over the seeds of an arm; the difference to `none` is paired by seed, ± its 95 % interval
-(of two seeds or more). proj-lr: the rate of the block's projections as a part of lr; val: the first
-metric on validation data, seed 0, by which a rate is chosen. Toys are drawn by the scripts;
-tiny_llm is the bundled Llama. smollm2-135m-instruct is SmolLM2-135M-Instruct, its layers
-de-quantised from a 4-bit file (Q4_1); whole, after that, it predicts TinyStories with 2.09 nats a
-token, 10.95 with random weights. `--llm HuggingFaceTB/SmolLM2-135M-Instruct` gets the original.
-
-By chance: photos 10, toy images 8.3; clouds 20, toy 12.5; Sprites 4.8, toy clips 8.3; captions ir1
-1, toy 2.5. Constant velocity: minADE1 2.83 m, toy 2.46. For questions see --blind. Rates and epochs
-were chosen with `none` on validation data."""
+HEAD = (TESTS / "about_results.md").read_text().strip()
 
 
 def choose(arms, kind, task):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import bench_block
@@ -296,13 +297,24 @@ def test_description_and_benchmark(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
-def test_one_layer_costs_one_layer(tmp_path):
-    make(tmp_path, "llama", num_hidden_layers=2, intermediate_size=140_000)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory is what is used now
-    before = resident_peak()
-    block = LLMBlock(tmp_path, 32)
-    used = resident_peak() - before
-    assert 1024 * used < 1.6 * sum(t.nbytes for t in weights(block))
+def test_llama_7b_costs_one_layer(tmp_path):
+    config = CONFIG_MAPPING["llama"]()  # LLaMA-7B's sizes
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    header, size = {}, 0
+    for name, t in tensors.items():
+        ends = [size, size := size + 2 * t.numel()]
+        header[name] = dict(dtype="F16", shape=list(t.shape), data_offsets=ends)
+    header = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as f:  # a hole of 13.5 GB: zeros, no disk
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(f.tell() + size)
+    for dtype, limit in ((torch.bfloat16, 650_000), (torch.float32, 1_300_000)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory is what is used now
+        before, start = resident_peak(), time.process_time()
+        LLMBlock(tmp_path, 384, dtype=dtype)
+        assert resident_peak() - before < limit and time.process_time() - start < 10
 
 
 def resident_peak():
