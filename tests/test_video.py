@@ -37,7 +37,7 @@ def frames_in(x):
     return (x.float().mean(dim=(-3, -2, -1)) / 5).round().int().tolist()  # their numbers (V, T)
 
 
-def test_a_frame_of_each_segment_is_shown(tmp_path):
+def test_a_frame_of_each_segment_is_shown_and_copies_share_theirs(tmp_path, monkeypatch):
     clip = write_frames(tmp_path / "clip", 2 * T)
     even = list(range(0, 2 * T, 2))
     odd = list(range(1, 2 * T, 2))
@@ -46,6 +46,9 @@ def test_a_frame_of_each_segment_is_shown(tmp_path):
     x, label = tv.Clips([(clip, 1)], arguments(), "2x3")[0, 0]
     assert x.shape == (6, T, 3, S, S) and label == 1
     assert sorted(frames_in(x)) == 3 * [even] + 3 * [odd]
+    monkeypatch.setattr(tv.v2, "RandAugment", lambda *args: nn.Identity())
+    copies, _ = tv.Clips([(clip, 1)], arguments("--recipe", "videomae"))[7, 0]
+    assert len(copies) == 2 and len({*map(tuple, frames_in(copies))}) == 1
 
 
 def test_views_are_averaged_and_accuracy_equals_a_count_by_hand(monkeypatch):
