@@ -286,7 +286,7 @@ def read_split(args, split):
     root = Path(args.root)
     rows = []
     if args.data in ("toy2d", "toy3d"):
-        images = range(2000) if split == "train" else range(2000, 2500)
+        images = range(1600) if split == "train" else range(1600, 2000)
         for i in images:
             for text, answer in draw_toy(i)[1]:  # without the image
                 rows.append(Question(i, text, {answer: 1.0}, question_type(text)))

@@ -109,7 +109,7 @@ def test_validation_is_of_other_images():
     data = tv.load_data(args)
     train, val, test = ({row.visual for row in data[k].rows} for k in ("train", "val", "test"))
     assert not train & val and not train & test
-    assert args.sizes == {"train": 7200, "val": 800, "test": 2000}  # four of each image
+    assert args.sizes == {"train": 5760, "val": 640, "test": 1600}  # four of each image
 
 
 def find_objects(image, background):
