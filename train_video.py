@@ -11,10 +11,9 @@ The paper's run (Table 3; ViT-S 64.7 -> 65.9 top-1; 3 to 4 days on 4 A100; not r
         --block none random pretrained --recipe videomae --epochs 40 --warmup 5 --batch-size 24 \
         --lr 9.4e-5 --layer-decay 0.7 --weight-decay 0.05 --views 2x3 --bf16
 
-A clip is a video file (pip install av) or a folder of frames, which are sorted by name.
-A tenth of train selects the epoch; val/ or validation.json is the test set and used once.
-Differs from the paper: it tests the last epoch; here, RandAugment is torchvision's and gradients
-are clipped at norm 1. Layer 15 (of 0 to 31) is what its code takes; its text says, the last one.
+A clip is a video file (pip install av) or a folder of frames sorted by name. A tenth of train
+selects the epoch; the test set is val/ or validation.json. The paper tests the last epoch and
+takes layer 15 of 0 to 31 (its text: the last). RandAugment is torchvision's; gradients are clipped.
 Letters: B batch, V views or copies, T frames, S side, N tokens, D width, h heads, K classes.
 """
 
@@ -218,6 +217,7 @@ def read_clip(clip, offsets, S):
         else:
             import av
 
+            to_rgb = av.video.reformatter.VideoReformatter()  # one for all: quick to call again
             with av.open(str(clip)) as file:
                 frames = list(file.decode(video=0))
         n = len(frames)
@@ -228,7 +228,7 @@ def read_clip(clip, offsets, S):
             if isinstance(frame, Path):
                 frame = Image.open(frame).convert("RGB")
             elif not isinstance(frame, np.ndarray):  # PyAV's
-                frame = frame.to_image()
+                frame = to_rgb.reformat(frame, format="rgb24").to_ndarray()
             pictures.append(np.array(frame))
         x = torch.from_numpy(np.stack(pictures))  # (V T, H, W, 3)
     return x.permute(0, 3, 1, 2).unflatten(0, offsets.shape)
