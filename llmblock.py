@@ -83,7 +83,7 @@ class LLMBlock(nn.Module):
             self.record["hash"] = hash_weights(self.layers)
 
     def _add_layers(self, config, root, repo, indices, dtype):
-        """Lay out the whole LLM without memory (meta device), then fill only the wanted layers."""
+        """Lay out the LLM (meta device: no memory), find its stack, fill only the wanted layers."""
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # no dropout, also in layers that train

@@ -101,7 +101,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, K)
-        # self.llm comes after this list is made: an LLM layer that trains must keep its values.
+        # Made before self.llm is set: of an LLM layer that trains, the values must stay.
         # Its projections are initialised like all other matrices, as in the released image code.
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         self.llm = llm
@@ -350,7 +350,7 @@ FREE = ("root", "workers", "device", "compile", "out", "eval", "autocast")
 
 def parse_shared(p, argv):
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
-    p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
+    p.add_argument("--layers", type=int, nargs="+", default=[-1], help="one or a chain; -1: last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
     p.add_argument("--proj-lr", type=float, default=1.0, help="times --lr: the projections' rate")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each arm runs once a seed")
@@ -392,8 +392,7 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from these four numbers: that makes resuming exact.
-            torch.manual_seed(hash((seed, epoch, step, RANK)))
+            torch.manual_seed(hash((seed, epoch, step, RANK)))  # so that resuming is exact
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
             cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
@@ -436,6 +435,7 @@ def resume(args, path, kind, seed, model, optimizer):
             model.load_state_dict(state["model"])
             if not args.eval:
                 optimizer.load_state_dict(state["optimizer"])
+        print("loaded", path)
     return state
 
 
@@ -461,7 +461,7 @@ def test(args, model, seed, history, data):
     metrics = args.autocast(evaluate)(args, model, data["test"])
     weights = [p for layer in model.llm.layers for p in layer.parameters()]
     return {
-        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.kind,
+        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.record["kind"],
         "llm": Path(args.llm).name, "layers": model.llm.record.get("layers"),
         "seed": seed, "epochs": args.epochs, "lr": args.lr, "proj_lr": args.proj_lr,
         "metrics": {k: round(v, 3) for k, v in metrics.items()},

@@ -10,9 +10,8 @@ The paper's run (Table 4; VectorNet minADE6 0.77 -> 0.76 m; 2 days on one A100; 
         --llm huggyllama/llama-7b --block none random pretrained --epochs 60 --lr 5e-4
 
 Train's last tenth by time selects the epoch (it may share seconds with the rest); val is the test.
-Differs from the paper, which describes neither its head for 6 trajectories nor its loss: see
-NOTE(paper). The global attention is a transformer layer; VectorNet's auxiliary task is left out;
-scenes are mirrored at random; gradients are clipped at norm 1.
+The paper describes neither its head for 6 trajectories nor its loss: see NOTE(paper). Here, the
+global attention is a transformer layer, scenes are mirrored, gradients clipped, no auxiliary task.
 Letters: B batch, A agents, L lanes, N = A + L polylines (tokens), P points of each (of an agent:
 observed steps), T future steps, K trajectories, D width of a token, W half of D.
 """
@@ -291,7 +290,8 @@ def load_data(args):
     args.classes = [P, T]  # there are none: stands in, so that --eval refuses other P, T
     maps = []
     if args.map:  # a file, or a directory as Argoverse 1's or of Argoverse 2's sensor logs
-        path = Path(args.map)
+        with reading("--map"):
+            path = Path(args.map).resolve(strict=True)  # it exists
         maps = sorted([path, *path.glob("*vector_map.xml"), *path.glob("**/log_map_archive*.json")])
     with reading(args.root):
         files = {"test": find_scenes(args, "val")}
@@ -385,7 +385,7 @@ FREE = ("root", "workers", "device", "compile", "out", "eval", "autocast")
 
 def parse_shared(p, argv):
     p.add_argument("--llm", default="tests/tiny_llm", help="directory or Hugging Face name")
-    p.add_argument("--layers", type=int, nargs="+", default=[-1], help="of the LLM; -1 is the last")
+    p.add_argument("--layers", type=int, nargs="+", default=[-1], help="one or a chain; -1: last")
     p.add_argument("--block", nargs="+", choices=KINDS, default=["pretrained"], help="arms to run")
     p.add_argument("--proj-lr", type=float, default=1.0, help="times --lr: the projections' rate")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each arm runs once a seed")
@@ -427,8 +427,7 @@ def train(args, kind, seed, data):
         total = 0
         model.train()  # evaluate leaves it in eval mode
         for step, batch in enumerate(tqdm(loader, f"epoch {epoch + 1}", disable=RANK > 0 or None)):
-            # All randomness follows from these four numbers: that makes resuming exact.
-            torch.manual_seed(hash((seed, epoch, step, RANK)))
+            torch.manual_seed(hash((seed, epoch, step, RANK)))  # so that resuming is exact
             # 1) learning rate: linear warm-up, then a cosine that counts from epoch 0, as timm's
             now = epoch + step / steps
             cosine = 0.505 + 0.495 * math.cos(math.pi * now / args.epochs)  # 1 to 0.01
@@ -471,6 +470,7 @@ def resume(args, path, kind, seed, model, optimizer):
             model.load_state_dict(state["model"])
             if not args.eval:
                 optimizer.load_state_dict(state["optimizer"])
+        print("loaded", path)
     return state
 
 
@@ -496,7 +496,7 @@ def test(args, model, seed, history, data):
     metrics = args.autocast(evaluate)(args, model, data["test"])
     weights = [p for layer in model.llm.layers for p in layer.parameters()]
     return {
-        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.kind,
+        "task": TASK, "data": args.data, "model": args.model, "kind": model.llm.record["kind"],
         "llm": Path(args.llm).name, "layers": model.llm.record.get("layers"),
         "seed": seed, "epochs": args.epochs, "lr": args.lr, "proj_lr": args.proj_lr,
         "metrics": {k: round(v, 3) for k, v in metrics.items()},

@@ -381,7 +381,7 @@ def open_run(path, masks, flags):
         tiles = {"input": paint()}
         for name, heat in heat_maps(script.TASK, *look(script.TASK, model, inputs)).items():
             tiles[name] = paint(heat)
-        samples.append((f"{title}  ({arm}, seed {seed})", tiles))
+        samples.append((f"{arm}, seed {seed}  {title}", tiles))
     metric = next(iter(state["history"][0]["val"]))
     curve = [row["val"][metric] for row in state["history"]]
     found = None
@@ -395,7 +395,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", metavar="RUN", help="directories, checkpoints, .jsonl files")
     p.add_argument("--masks", metavar="DIR", help="DIR/images and DIR/masks, above 0 is foreground")
-    p.add_argument("--out", default="figures", help="directory of what is written")
+    p.add_argument("--out", default="figures", help="directory; other flags are the script's own")
     p.error = fail
     args, flags = p.parse_known_args(argv)
     results = []
