@@ -48,7 +48,7 @@ def summary(groups, real):
                 runs = choose(arms, kind, task, "smollm2-135m-instruct" if real else "tiny_llm")
                 cell = visualize.spread([r["metrics"][metric] for r in runs]) if runs else "not run"
                 row.append(cell + " †" * bool(runs and runs[0]["proj_lr"] < 1))
-            paper = "47.2 → 48.1" if data == "sqa3d" else PAPER[task]
+            paper = "(47.2) → 48.1" if data == "sqa3d" else PAPER[task]
             rows[task, data] = [*row, *[paper] * real]
     keys = sorted(rows, key=lambda key: list(PAPER).index(key[0]))
     return visualize.markdown([head, *[rows[key] for key in keys]])
