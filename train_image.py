@@ -101,7 +101,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*[Block(D, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, K)
-        # Made before self.llm is set: of an LLM layer that trains, the values must stay.
+        # Listed before self.llm is set: an LLM layer that trains must keep its own values.
         # Its projections are initialised like all other matrices, as in the released image code.
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         self.llm = llm
