@@ -21,7 +21,7 @@ PAPER = {  # none -> pretrained, its own setting
 NAMES = {  # what the real data are
     "image folder": "image, 8,000 of CIFAR-10", "pointcloud h5": "point clouds, 300 of DALES",
     "video ssv2": "video, 1,575 of Sprites", "motion argoverse1": "motion, Argoverse 1, no maps",
-    "vqa easyvqa": "VQA, easy-VQA", "vqa vqav2": "VQA, DAQUAR (blind 20.4)",
+    "vqa easyvqa": "VQA, easy-VQA (blind 66.9)", "vqa vqav2": "VQA, DAQUAR (blind 20.4)",
     "vqa sqa3d": "3D VQA, scenes (blind 64.4)", "retrieval karpathy": "captions, Flickr (chance 1)",
 }  # fmt: skip
 HEAD = (TESTS / "about_results.md").read_text().strip()
@@ -38,9 +38,8 @@ def summary(groups, real):
     """README's table: a row for each data set, arms in columns, the first metric."""
     head = ["task, data", "metric", *[f"`{kind}`" for kind in ARMS], *["paper, its data"] * real]
     rows = {}  # of groups of the same data, that of most results is the last, and stays
-    for name in sorted(groups, key=lambda name: sum(map(len, groups[name].values()))):
+    for name, arms in sorted(groups.items(), key=lambda item: sum(map(len, item[1].values()))):
         task, data = name.split()[:2]
-        arms = groups[name]
         if "--blind" not in name and (f"{task} {data}" in NAMES if real else "toy" in data):
             metric = next(iter(next(iter(arms.values()))[0]["metrics"]))
             row = [NAMES.get(f"{task} {data}", f"{task}, {data}".removesuffix(", toy")), metric]
@@ -57,6 +56,7 @@ def summary(groups, real):
 def make(readme):
     """README's text with its two tables made anew, and the text of RESULTS.md."""
     results = visualize.read_results(TESTS / "results.jsonl")
+    results.sort(key=lambda r: (r["kind"] != "none", r["kind"], r["seed"]))  # none comes first
     groups = visualize.group_results(results)
     for mark, real in (("toys", False), ("real", True)):
         before, _, rest = readme.partition(f"<!-- {mark} -->\n")
