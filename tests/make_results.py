@@ -56,7 +56,7 @@ def summary(groups, real):
 def make(readme):
     """README's text with its two tables made anew, and the text of RESULTS.md."""
     results = visualize.read_results(TESTS / "results.jsonl")
-    results.sort(key=lambda r: (r["kind"] != "none", r["kind"], r["seed"]))  # none comes first
+    results.sort(key=lambda r: (r["kind"] != "none", r["kind"], r["layers"] or [], r["seed"]))
     groups = visualize.group_results(results)
     for mark, real in (("toys", False), ("real", True)):
         before, _, rest = readme.partition(f"<!-- {mark} -->\n")
